@@ -1,0 +1,56 @@
+"""What the tests share: the repository on the import path, the rule of the golden numbers, a tiny DRN."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+sys.path[:0] = [str(ROOT), str(GOLDEN)]
+
+import rule                                                                                           # noqa: E402
+
+import dual                                                                                           # noqa: E402
+import models                                                                                         # noqa: E402
+
+
+def golden(name: str):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def difference(tensor: torch.Tensor, summary: dict) -> float:
+    """Largest deviation from the golden samples, relative to the golden output's standard deviation."""
+    flat = tensor.detach().double().flatten().numpy()
+    assert len(flat) == summary["numel"]
+    return float(np.abs(flat[summary["index"]] - summary["value"]).max() / summary["std"])
+
+
+def fill(module: torch.nn.Module) -> torch.nn.Module:
+    """The deterministic weights of the golden numbers."""
+    module.load_state_dict(rule.fill(module.state_dict()))
+    return module
+
+
+def tiny_drn(blocks: int = 1, feats: int = 8, scale: int = 4):
+    """(model, duals) small enough for every test, with the golden weights."""
+    model = fill(models.DRN("drn_s", scale, feats, blocks))
+    return model, fill(dual.make_duals(model))
+
+
+def pooled_batch(seed: int, n: int, low: int, scale: int = 4) -> dict:
+    """The batches of the golden pruning numbers: {scale: images}, the smaller ones by average pooling."""
+    high = rule.image(seed, n, low * scale, low * scale)
+    return {s: F.avg_pool2d(high, scale // s) for s in (1, 2, 4, 8) if s <= scale}
+
+
+def native_loss(duals):
+    return lambda out, y: 255 * dual.dr_loss(out.images, y, duals)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,577 @@
+"""Train a super-resolution network with dual regression, compress it, report: the whole of DRC from top to bottom.
+
+    python train.py --arch drn_s --prune 0.3
+
+Stages: 1 data · 2 primal and dual training · 3 search (how many channels) · 4 select and cut (which ones) ·
+5 fine-tuning with distillation · 6 report. Every stage leaves `runs/<name>/<stage>.pt`; a run that was stopped, by ctrl-C
+or by kill -9, continues where it was when the same command is given again, and ends with the same weights.
+
+The mathematics is in dual.py and prune.py; this file holds the order of things, the numbers (PRESETS) and the one loop.
+"""
+import argparse
+import io
+import json
+import math
+import re
+import signal
+import time
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+import data
+import dual
+import evaluate
+import models
+import prune
+
+PRESETS = {
+    "quick": dict(                     # a CPU, minutes: shows that everything works, not how good it can get
+        pictures=24, side=384, patch=96, batch=4, steps=400, dual_steps=100, rate=4e-4, floor=1e-7, warmup=0.1, clip=20,
+        search_steps=24, epoch=8, search_patch=96, search_batch=4, search_rate=1e-4, first_order=False,
+        select_patch=96, select_batch=4, select_batches=2, per_round=16, reuse=True,
+        tune_steps=150, tune_rate=4e-4),
+    "default": dict(                   # one GPU, an hour or two
+        pictures=400, side=512, patch=192, batch=16, steps=30_000, dual_steps=2_000, rate=4e-4, floor=1e-7, warmup=0.02,
+        clip=20, search_steps=500, epoch=25, search_patch=192, search_batch=16, search_rate=1e-4, first_order=False,
+        select_patch=192, select_batch=16, select_batches=4, per_round=8, reuse=True,
+        tune_steps=15_000, tune_rate=4e-4),
+    "paper": dict(                     # DRC Section 5.1 and the release, for DF2K and a cluster
+        pictures=0, side=0, patch=384, batch=32, steps=1_000_000, dual_steps=100_000, rate=1e-4, floor=1e-7, warmup=0.0,
+        clip=math.inf, search_steps=2_500, epoch=25, search_patch=192, search_batch=16, search_rate=1e-4, first_order=False,
+        select_patch=192, select_batch=16, select_batches=10, per_round=1, reuse=False,
+        tune_steps=1_000_000, tune_rate=1e-4),
+}
+DUAL_WEIGHT = 0.1                      # λ of L_DR (DRN, Section 3.1)
+DISTILL_WEIGHT = 1.0                   # of the feature term in fine-tuning (release)
+SELECT_RATE = 5e-5                     # SGD on the selected slices (release, DRN)
+CALIBRATION_PICTURES = 160             # selection looks at the first 160 pictures (DIV2K 1 to 160 in the release)
+SAVE_SECONDS = 20                      # at most this much work is lost to kill -9
+
+
+# ---- the run folder: what is finished, the state of what is not, the log ---------------------------------------------
+class Run:
+    """A folder with one file per finished stage, the state of the running stage (progress.pt) and log.jsonl."""
+    def __init__(self, folder: Path, config: dict):
+        self.folder, self.saved = folder, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "config.json"
+        if known.exists():
+            check_same(json.loads(known.read_text()), config, folder)
+        else:
+            data.write(known, json.dumps(config, indent=1).encode())
+
+    def write(self, name: str, content: dict) -> None:
+        blob = io.BytesIO()
+        torch.save(content, blob)
+        data.write(self.folder / name, blob.getvalue())
+
+    def read(self, name: str) -> dict | None:
+        path = self.folder / name
+        return evaluate.read_checkpoint(path) if path.exists() else None
+
+    def finish(self, stage: str, content: dict, started: float, **facts) -> dict:
+        self.write(f"{stage}.pt", content)
+        (self.folder / "progress.pt").unlink(missing_ok=True)
+        self.log(stage=stage, seconds=round(time.monotonic() - started, 1), **facts)
+        return content
+
+    def log(self, **line) -> None:
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, stage: str, step: int, parts: dict) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.write("progress.pt", dict(stage=stage, step=step, random=torch.get_rng_state(), random_cuda=cuda,
+                                       parts={name: part.state_dict() for name, part in parts.items()}))
+        self.saved = time.monotonic()
+
+    def resume(self, stage: str, parts: dict) -> int:
+        """Puts the saved state of this stage into `parts`; returns the step to go on with, 0 where nothing is saved."""
+        state = self.read("progress.pt")
+        if state is None or state["stage"] != stage:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        return state["step"]
+
+    def repeat(self, stage: str, steps: int, one_step, batches, parts: dict) -> None:
+        """The one loop: one_step(k, batch) -> loss for k up to `steps`, with progress, saving and continuing. batches:
+        step to start with -> iterator; parts: {name: object with state_dict}, all that a step changes."""
+        start = self.resume(stage, parts)
+        with closing(batches(start)) as source, stop_signals() as stopped, progress(stage, steps, start) as bar:
+            for k in range(start, steps):
+                loss = one_step(k, next(source))
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss became {loss} in step {k + 1} of {stage}: lower --rate, or look at "
+                                             f"the data; finished stages are kept in {self.folder}")
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+                if stopped or time.monotonic() - self.saved > SAVE_SECONDS:
+                    self.save(stage, k + 1, parts)
+                if stopped:
+                    raise KeyboardInterrupt
+                if (k + 1) % max(1, steps // 100) == 0:
+                    self.log(stage=stage, step=k + 1, loss=round(loss, 4))
+
+
+def check_same(known: dict, config: dict, folder: Path) -> None:
+    for name in config:
+        if known.get(name) != config[name]:
+            flag = "--" + name.replace("_", "-")
+            raise WrongUsage(f"{folder} was made with {flag} {known.get(name)}, now it is {config[name]}: give the same "
+                             f"flags to continue it, or another folder with --run")
+
+
+class WrongUsage(Exception):
+    """A sentence for the user; the command ends with exit code 2."""
+
+
+@contextmanager
+def stop_signals():
+    """A list that becomes true at the first ctrl-C (or SIGTERM), so that a step is never cut in half; the second one
+    stops at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def progress(stage: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
+    return tqdm(total=total, initial=start, desc=f"{stage:8}", unit=unit, delay=2, dynamic_ncols=True)
+
+
+# ---- 1 data ----------------------------------------------------------------------------------------------------------
+def open_data(args: SimpleNamespace, scales: tuple[int, ...]) -> data.Pictures:
+    if args.data:
+        pictures = data.open_folder(args.data, scales, limit=int(args.memory * 2**30))
+        print(f"data      {len(pictures)} pictures of {args.data}")
+    else:
+        pictures = data.generate(args.pictures, args.side, scales, args.seed)
+        print(f"data      {len(pictures)} generated dead-leaves pictures of {args.side}x{args.side}")
+    return pictures
+
+
+def to_device(batches, device: torch.device):
+    """The batches {scale: (N, 3, h, w)} on the device, in the memory layout that convolutions like."""
+    with closing(batches):
+        for y in batches:
+            yield {s: x.to(device, memory_format=torch.channels_last, non_blocking=True) for s, x in y.items()}
+
+
+# ---- 2 primal and dual training, 5 fine-tuning -----------------------------------------------------------------------
+def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, steps: int, rate: float, loss_of) -> None:
+    """Minimises loss_of(y) over the parameters of model and duals that require gradients: Adam, linear warm-up, cosine."""
+    weights = [p for p in (*model.parameters(), *duals.parameters()) if p.requires_grad]
+    optimiser = torch.optim.Adam(weights, rate)
+    warm = max(1, int(args.warmup * steps))
+
+    def one_step(k: int, y: dict) -> float:
+        cosine = (1 + math.cos(math.pi * max(0, k - warm) / max(1, steps - warm))) / 2
+        optimiser.param_groups[0]["lr"] = min((k + 1) / warm, 1) * (args.floor + (rate - args.floor) * cosine)
+        loss = loss_of(y)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, args.clip)
+        optimiser.step()
+        return loss.item()
+
+    def batches(start: int):
+        return to_device(data.batches(pictures, args.patch, args.batch, args.seed + len(stage), start), args.device)
+
+    run.repeat(stage, steps, one_step, batches, dict(model=model, duals=duals, optimiser=optimiser))
+
+
+def checkpoint(model, duals) -> dict:
+    """What rebuilds a network: evaluate.load_model reads it."""
+    return dict(arch=model.arch, scale=model.scale, widths=model.widths, model=model.state_dict(),
+                duals=[d.state_dict() for d in duals])
+
+
+def restore(state: dict) -> tuple[nn.Module, nn.ModuleList]:
+    model = models.build(state["arch"], state["scale"], state["widths"])
+    models.load_state(model, state["model"])
+    duals = dual.make_duals(model)
+    for d, weights in zip(duals, state["duals"], strict=True):
+        models.load_state(d, weights)
+    return model, duals
+
+
+def native_loss(model, duals):
+    """L_DR in the network's own range, in which the paper's rates are given: (out, y) -> scalar."""
+    return lambda out, y: model.rgb_range * dual.dr_loss(out.images, y, duals, DUAL_WEIGHT)
+
+
+def pretrained(args: SimpleNamespace) -> tuple[nn.Module, nn.ModuleList, bool]:
+    """(model, duals, whether the duals came with it) of --pretrained and --pretrained-dual."""
+    model = evaluate.load_model(args.pretrained, args.arch, args.scale, args.channels)
+    duals = dual.make_duals(model)
+    if not args.pretrained_dual:
+        return model, duals, False
+    states = evaluate.read_checkpoint(args.pretrained_dual, list)
+    if len(states) != len(duals):
+        raise ValueError(f"{args.pretrained_dual} holds {len(states)} duals, {args.arch} x{args.scale} has {len(duals)}")
+    for i, (d, state) in enumerate(zip(duals, states)):
+        try:
+            models.load_state(d, state)
+        except ValueError as error:
+            raise ValueError(f"{args.pretrained_dual}, dual {i}: {error}") from error
+    return model, duals, True
+
+
+def train(run: Run, args: SimpleNamespace, pictures) -> dict:
+    """Stage 2: L_DR from scratch; or pretrained weights, for which only missing duals are trained, unless --steps."""
+    started = time.monotonic()
+    torch.manual_seed(args.seed)
+    if args.pretrained:
+        model, duals, complete = pretrained(args)
+        model.requires_grad_(args.continue_training)
+        steps = args.steps if args.continue_training else 0 if complete else args.dual_steps
+    else:
+        model, steps = models.build(args.arch, args.scale), args.steps
+        duals = dual.make_duals(model)
+        if args.preset != "paper":
+            model.start_from_bicubic()
+    model.to(args.device, memory_format=torch.channels_last)
+    duals.to(args.device)
+    loss = native_loss(model, duals)
+    fit(run, "train", args, pictures, model, duals, steps, args.rate, lambda y: loss(model(y[1]), y))
+    return run.finish("train", checkpoint(model, duals), started, steps=steps)
+
+
+def tune(run: Run, args: SimpleNamespace, pictures, student_state: dict, teacher_state: dict) -> dict:
+    """Stage 5: L_DR plus the distance of the student's last features to the teacher's (DRC Section 4.3, release)."""
+    started = time.monotonic()
+    torch.manual_seed(args.seed)
+    model, duals = restore(student_state)
+    teacher = load_teacher(args) if args.teacher else restore(teacher_state)[0]
+    teacher.eval().requires_grad_(False)
+    for module in (model, teacher):
+        module.to(args.device, memory_format=torch.channels_last)
+    loss, features = native_loss(model, duals.to(args.device)), last_features(model, teacher)
+
+    def loss_of(y: dict):
+        out = model(y[1])
+        with torch.no_grad():
+            teacher(y[1])
+        return loss(out, y) + DISTILL_WEIGHT * dual.distill_loss(*features)
+
+    fit(run, "tune", args, pictures, model, duals, args.tune_steps, args.tune_rate, loss_of)
+    return run.finish("tune", checkpoint(model, duals), started, steps=args.tune_steps)
+
+
+def last_features(*networks) -> list:
+    """A list that holds, after each has run, the input of the last layer of each network."""
+    features = [None] * len(networks)
+    for i, network in enumerate(networks):
+        def keep(module, inputs, i=i):
+            features[i] = inputs[0]
+        network.get_submodule(network.feature).register_forward_pre_hook(keep)
+    return features
+
+
+def load_teacher(args: SimpleNamespace) -> nn.Module:
+    arch, _, path = args.teacher.partition(":")
+    return evaluate.load_model(path, arch, args.scale)
+
+
+# ---- 3 search: how many channels each pair keeps ---------------------------------------------------------------------
+def find_widths(run: Run, args: SimpleNamespace, pictures, state: dict) -> dict:
+    """Halves T and V of the pictures alternate; the last tenth is held out to choose the epoch."""
+    started = time.monotonic()
+    torch.manual_seed(args.seed)
+    model, duals = restore(state)
+    model.to(args.device, memory_format=torch.channels_last)
+    searcher = prune.Search(model, native_loss(model, duals.to(args.device)), args.prune, duals.parameters(),
+                            args.search_rate, second_order=not args.first_order)
+    half, rest = split(len(pictures))
+
+    def batches(part, start: int, seed: int):
+        return to_device(data.batches(part, args.search_patch, args.search_batch, seed, start), args.device)
+
+    def both(start: int):
+        with closing(batches(pictures[:half], start, args.seed)) as a, closing(batches(pictures[half:rest], start, args.seed)) as b:
+            yield from zip(a, b)
+
+    with closing(batches(pictures[rest:], 0, args.seed + 1)) as source:
+        held_out = list(islice(source, 4))
+
+    def one_step(k: int, pair: tuple) -> float:
+        loss, _ = searcher.step(*pair)
+        if (k + 1) % args.epoch == 0 or k + 1 == args.search_steps:
+            searcher.hold(held_out)
+        return loss
+
+    run.repeat("search", args.search_steps, one_step, both, dict(search=searcher))
+    widths = searcher.widths(budget(args, model))
+    data.write(run.folder / "channels.json", json.dumps(dict(arch=args.arch, scale=args.scale, dense=model.widths,
+                                                             widths=widths), indent=1).encode())
+    return run.finish("search", dict(widths=widths, alphas=torch.stack(searcher.best[1])), started,
+                      kept=f"{sum(widths.values())}/{sum(model.widths.values())}", held_out=round(searcher.best[0], 4))
+
+
+def split(count: int) -> tuple[int, int]:
+    """Ends of T and of V; what follows is held out. With under three pictures the parts share pictures."""
+    if count < 3:
+        return count, count
+    rest = count - max(1, count // 10)
+    return rest // 2, rest
+
+
+def budget(args: SimpleNamespace, model) -> prune.Budget | None:
+    if not args.budget:
+        return None
+    kind, target = args.budget
+
+    def cost(widths: dict) -> int:
+        with torch.device("meta"):
+            return getattr(evaluate.count(model.with_widths(widths), 96, 96), kind)
+
+    return prune.Budget(cost, int(target * cost(model.widths)))
+
+
+# ---- 4 select which ones, then cut -----------------------------------------------------------------------------------
+class Selection:
+    """The model being masked and what has been selected so far, as one thing that can be saved."""
+    def __init__(self, model):
+        self.model, self.kept = model, {}
+
+    def state_dict(self) -> dict:
+        return dict(model=self.model.state_dict(), kept=self.kept)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.kept = state["kept"]
+
+
+def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, widths: dict) -> dict:
+    started = time.monotonic()
+    torch.manual_seed(args.seed)
+    (original, _), (model, duals) = restore(state), restore(state)
+    for module in (original, model):
+        module.to(args.device, memory_format=torch.channels_last)
+    duals.to(args.device).requires_grad_(False)
+    source = data.batches(pictures[:CALIBRATION_PICTURES], args.select_patch, args.select_batch, args.seed + 2)
+    with closing(to_device(source, args.device)) as batches:
+        calibration = list(islice(batches, args.select_batches))
+    selection = Selection(model)
+    pair_number = run.resume("select", dict(selection=selection))
+    with stop_signals() as stopped, progress("select", len(widths), pair_number, "layer") as bar:
+        def on_pair(pair, kept, losses):
+            selection.kept = kept
+            bar.update()
+            if stopped or time.monotonic() - run.saved > SAVE_SECONDS:
+                run.save("select", len(kept), dict(selection=selection))
+            if stopped:
+                raise KeyboardInterrupt
+
+        kept = prune.select(model, calibration, native_loss(model, duals), widths, rate=SELECT_RATE, per_round=args.per_round,
+                            reuse=args.reuse, original=original, done=selection.kept, on_pair=on_pair)
+    smaller = prune.cut(model, kept)
+    return run.finish("select", {**checkpoint(smaller, duals), "kept": kept}, started)
+
+
+# ---- 6 report --------------------------------------------------------------------------------------------------------
+def report(run: Run, args: SimpleNamespace, states: dict[str, dict]) -> None:
+    """The table of bicubic and the networks in `states`, report.json, and comparison.png."""
+    started = time.monotonic()
+    scale = args.scale
+    pictures = data.open_folder(args.test, (1, scale)) if args.test else data.photographs((1, scale))
+    rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, scale), pictures)}
+    costs = {}
+    for name, state in states.items():
+        model, _ = restore(state)
+        rows[name] = evaluate.evaluate(models.inference(model).to(args.device), pictures)
+        costs[name] = [*evaluate.count(model, 96, 96), evaluate.count(model, *(math.ceil(n / scale) for n in (720, 1280))).madds]
+    table = {name: dict(psnr=np.mean([r.psnr for r in row]), ssim=np.mean([r.ssim for r in row]),
+                        seconds=np.mean([r.seconds for r in row]), **dict(zip(("params", "madds", "madds_720p"), costs.get(name, ()))))
+             for name, row in rows.items()}
+    data.write(run.folder / "report.json", json.dumps(table, indent=1).encode())
+    data.write_image(run.folder / "comparison.png", comparison(rows, pictures, scale))
+    run.log(stage="report", seconds=round(time.monotonic() - started, 1), **{name: round(t["psnr"], 3) for name, t in table.items()})
+
+
+def print_table(run: Run, where: str) -> None:
+    table = json.loads((run.folder / "report.json").read_text())
+    print(f"\n{where:22} {'PSNR-Y':>8} {'SSIM':>7} {'parameters':>11} {'MAdds 96x96':>12} {'MAdds 720p':>11} {'s/image':>8}")
+    for name, t in table.items():
+        cost = f"{t['params']:>11,} {t['madds'] / 1e9:>10.2f} G {t['madds_720p'] / 1e9:>9.1f} G" if "params" in t else f"{'-':>11} {'-':>12} {'-':>11}"
+        print(f"{name:22} {t['psnr']:>8.3f} {t['ssim']:>7.4f} {cost} {t['seconds']:>8.2f}")
+    print(f"\n{run.folder}/: comparison.png, channels.json, log.jsonl, " + ", ".join(sorted(f.name for f in run.folder.glob("*.pt"))))
+
+
+def comparison(rows: dict[str, list], pictures, scale: int, side: int = 192):
+    """uint8 (H, W, 3): a line per picture with the crop of most detail from every upscaler and the original, labelled."""
+    font, bar, gap = ImageFont.load_default(13), 18, 4
+    columns = [*rows, "original"]
+    canvas = Image.new("RGB", (len(columns) * (side + gap) - gap, len(pictures) * (side + bar + gap) - gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, name in enumerate(pictures.names):
+        high = pictures[i][scale]
+        box = busiest(high, side)
+        top = i * (side + bar + gap)
+        for j, column in enumerate(columns):
+            image = high if column == "original" else rows[column][i].image
+            label = Path(name).stem if column == "original" else f"{column} {rows[column][i].psnr:.2f} dB"
+            canvas.paste(Image.fromarray(image[box]), (j * (side + gap), top + bar))
+            draw.text((j * (side + gap) + 2, top + 1), label, "black", font)
+    return np.array(canvas)
+
+
+def busiest(image, side: int) -> tuple[slice, slice]:
+    """The side×side square, on a coarse grid, in which neighbouring pixels differ most."""
+    y = torch.from_numpy(image).float().mean(2)
+    detail = (y[1:, 1:] - y[:-1, 1:]).abs() + (y[1:, 1:] - y[1:, :-1]).abs()
+    height, width = (min(side, n) for n in detail.shape)
+    pooled = nn.functional.avg_pool2d(detail[None, None], (height, width), 16)[0, 0]
+    top, left = divmod(int(pooled.argmax()), pooled.shape[1])
+    return slice(16 * top, 16 * top + side), slice(16 * left, 16 * left + side)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def number(kind, low, high):
+    """An argparse type: a number in [low, high)."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high})" if high < math.inf else f"{text} is below {low}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def target(text: str) -> tuple[str, float]:
+    match = re.fullmatch(r"(params|madds)=(0?\.\d+|1(?:\.0*)?)", text)
+    if not match or not float(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not params=F or madds=F with F in (0, 1]")
+    return match[1], float(match[2])
+
+
+def teacher(text: str) -> str:
+    arch, colon, path = text.partition(":")
+    if not colon or arch not in models.ARCHS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ARCH:FILE with ARCH one of {', '.join(models.ARCHS)}")
+    return text
+
+
+def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
+    parser = argparse.ArgumentParser(description="Train, compress and report: dual regression compression.", allow_abbrev=False)
+    natural, share = number(int, 1, math.inf), number(float, 0, 1)
+    add = parser.add_argument_group("what").add_argument
+    add("--arch", choices=models.ARCHS, required=True, help="the network")
+    add("--scale", type=int, default=4, help="upscaling factor (default 4)")
+    add("--prune", type=share, default=0.0, metavar="R", help="remove about this part of the hidden channels; 0 only trains")
+    add("--budget", type=target, metavar="params=F|madds=F", help="compress the whole network to this part of its cost")
+    add("--preset", choices=PRESETS, help="the numbers below (default: quick without a GPU, default with one)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
+    add("--test", metavar="DIR", help="report on these pictures (default: eight photographs of scikit-image)")
+    add("--memory", type=number(float, 0, math.inf), default=4.0, metavar="GIB", help="for decoded pictures (default 4)")
+    add("--pictures", type=natural, metavar="N", help="how many pictures to generate")
+    add = parser.add_argument_group("training").add_argument
+    add("--pretrained", metavar="FILE", help="start from these weights, official or ours, instead of training")
+    add("--pretrained-dual", metavar="FILE", help="official file of the duals: a list of state dicts")
+    add("--channels", metavar="FILE", help="channel numbers of a --pretrained network that is already pruned")
+    add("--steps", type=natural, metavar="N", help="training steps; with --pretrained: train it further")
+    add("--patch", type=natural, metavar="N", help="side of an HR training patch in pixels")
+    add("--batch", type=natural, metavar="N", help="patches per training step")
+    add("--rate", type=number(float, 0, math.inf), metavar="F", help="learning rate of training")
+    add = parser.add_argument_group("compression").add_argument
+    add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
+    add("--first-order", action="store_const", const=True, help="search without the second-order term: 3 passes, not 5")
+    add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
+    add("--teacher", type=teacher, metavar="ARCH:FILE", help="distil from this network (default: the unpruned one)")
+    add = parser.add_argument_group("run").add_argument
+    add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
+    add("--seed", type=int, default=0)
+    add("--device", type=evaluate.usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    return settle(parser, parser.parse_args(argv))
+
+
+def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> SimpleNamespace:
+    """Checks flags against each other and fills what was not given from the preset."""
+    try:
+        with torch.device("meta"):
+            models.build(given.arch, given.scale)
+    except ValueError as error:
+        parser.error(f"--scale: {error}")
+    gpu = given.device.type == "cuda"
+    chosen = given.preset or ("default" if gpu else "quick")
+    args = SimpleNamespace(**{**PRESETS[chosen], **{k: v for k, v in vars(given).items() if v is not None}})
+    for name, value in vars(given).items():
+        vars(args).setdefault(name, value)
+    args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else "chosen, for there is no GPU"
+    args.preset, args.continue_training = chosen, given.steps is not None
+    if args.budget and not args.prune:
+        args.prune = prune.budget_ratio(args.budget[1])
+    problems = {
+        f"--preset {chosen} needs --data DIR with DF2K or DIV2K in it": chosen == "paper" and not args.data,
+        f"--patch {args.patch} is not a multiple of the scale {args.scale}": args.patch % args.scale,
+        "--pretrained-dual and --channels belong to --pretrained FILE": (args.pretrained_dual or args.channels) and not args.pretrained,
+    }
+    for sentence in (text for text, wrong in problems.items() if wrong):
+        parser.error(sentence)
+    suffix = f"{args.budget[0]}{100 * args.budget[1]:02.0f}" if args.budget else f"p{100 * args.prune:02.0f}"
+    args.run = Path(args.run or f"runs/{args.arch}_x{args.scale}_{suffix}")
+    args.fail = parser.error
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    hidden = ("fail", "why", "run", "memory", "device")            # what does not change the result
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in hidden}
+    try:
+        run = Run(args.run, config)
+    except WrongUsage as error:
+        args.fail(str(error))
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.arch} x{args.scale} on {device}, preset {args.preset} ({args.why}), run folder {args.run}")
+
+    # ---- 1 data
+    with torch.device("meta"):
+        model = models.build(args.arch, args.scale)
+    scales = tuple(sorted({1, args.scale, *(s for spec in model.dual_spec for s in spec[:2])}))
+    pictures = None if (args.run / "report.json").exists() else open_data(args, scales)
+
+    # ---- 2 primal and dual training
+    dense = run.read("train.pt") or train(run, args, pictures)
+    states = dict(dense=dense)
+
+    if args.prune or args.budget:
+        # ---- 3 search: how many channels each pair keeps
+        widths = (run.read("search.pt") or find_widths(run, args, pictures, dense))["widths"]
+
+        # ---- 4 select which ones, then cut
+        cut = run.read("select.pt") or select_and_cut(run, args, pictures, dense, widths)
+
+        # ---- 5 fine-tuning with distillation
+        states["pruned"] = run.read("tune.pt") or tune(run, args, pictures, cut, dense)
+
+    # ---- 6 report
+    if not (args.run / "report.json").exists():
+        report(run, args, states)
+    print_table(run, "")
+
+
+if __name__ == "__main__":
+    evaluate.run(main)
