@@ -11,6 +11,7 @@ Read train.py next, which calls `evaluate` after every stage, or data.py for whe
 import argparse
 import copy
 import itertools
+import json
 import math
 import pickle
 import sys
@@ -225,9 +226,9 @@ def evaluate(upscaler: nn.Module | Callable, pictures, **options) -> list[Row]:
 
 
 # ---- files
-def read_checkpoint(path: str | Path) -> dict:
-    """The dict in a file of torch.save, on the CPU. Only tensors and plain containers are unpickled (weights_only).
-    ValueError names a file that is missing, damaged or anything else."""
+def read_checkpoint(path: str | Path, kind: type = dict) -> dict | list:
+    """The dict (or list: official duals) in a file of torch.save, on the CPU. Only tensors and plain containers are
+    unpickled (weights_only). ValueError names a file that is missing, damaged or anything else."""
     try:
         with warnings.catch_warnings(action="ignore"):           # of old pickle protocols: not the user's concern
             state = torch.load(path, weights_only=True, map_location="cpu")
@@ -239,21 +240,27 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"refused: {path} is not a plain state dict; nothing in it was executed") from error
     except Exception as error:           # torch.load on garbage raises whatever its parser stumbles over
         raise ValueError(f"{path} is damaged or no checkpoint at all: copy or download it again") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"refused: {path} is not a plain state dict but a {type(state).__name__}")
+    if not isinstance(state, kind):
+        raise ValueError(f"refused: {path} holds a {type(state).__name__}, not the {kind.__name__} of weights expected here")
     return state
 
 
-def read_channels(path: str | Path, count: int | None = None) -> list[int]:
-    """The authors' channel file: one integer per line, one line per prunable width; blank lines are skipped.
-    ValueError: another number of entries than `count`, a line that is no positive integer."""
+def read_channels(path: str | Path, count: int) -> list[int]:
+    """Channel numbers of a pruned network, one per prunable width: the authors' text file with an integer per line
+    (blank lines are skipped) or the channels.json of train.py.
+    ValueError: another number of entries than `count`, an entry that is no positive integer."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        entries = [str(n) for n in json.loads(text)["widths"].values()] if text.lstrip().startswith("{") else text.splitlines()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is neither a list of integers nor a channels.json of train.py") from error
     channels = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.strip():
-            if not (line.strip().isascii() and line.strip().isdigit() and int(line)):
-                raise ValueError(f"{path}, line {number}: {line.strip()[:40]!r} is no positive integer")
-            channels.append(int(line))
-    if count is not None and len(channels) != count:
+    for number, entry in enumerate(map(str.strip, entries), 1):
+        if entry:
+            if not (entry.isascii() and entry.isdigit() and int(entry)):
+                raise ValueError(f"{path}, entry {number}: {entry[:40]!r} is no positive integer")
+            channels.append(int(entry))
+    if len(channels) != count:
         raise ValueError(f"{path} has {len(channels)} channel numbers, this network needs {count}: one for every "
                          f"prunable width")
     return channels
@@ -299,8 +306,15 @@ def upscaler(args: argparse.Namespace, model: nn.Module | None, scale: int, tile
 
 
 def place(args: argparse.Namespace) -> str:
+    if args.precision == "bf16" and args.device.type == "cpu" and not cpu_has_bf16():
+        return "cpu, bf16 (emulated: this CPU has no bfloat16 instructions, float32 is faster)"
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
     return f"{name}, {args.precision}"
+
+
+def cpu_has_bf16() -> bool:
+    known = getattr(torch.cpu, "get_capabilities", dict)()             # since torch 2.12
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def report(args: argparse.Namespace, model: nn.Module | None, scale: int) -> None:

@@ -34,10 +34,10 @@ import prune
 
 PRESETS = {
     "quick": dict(                     # a CPU, minutes: shows that everything works, not how good it can get
-        pictures=24, side=384, patch=96, batch=4, steps=400, dual_steps=100, rate=4e-4, floor=1e-7, warmup=0.1, clip=20,
-        search_steps=24, epoch=8, search_patch=96, search_batch=4, search_rate=1e-4, first_order=False,
-        select_patch=96, select_batch=4, select_batches=2, per_round=16, reuse=True,
-        tune_steps=150, tune_rate=4e-4),
+        pictures=24, side=384, patch=64, batch=4, steps=240, dual_steps=100, rate=4e-4, floor=1e-7, warmup=0.1, clip=20,
+        search_steps=16, epoch=4, search_patch=64, search_batch=2, search_rate=1e-4, first_order=False,
+        select_patch=48, select_batch=4, select_batches=2, per_round=16, reuse=True,
+        tune_steps=100, tune_rate=2e-4),
     "default": dict(                   # one GPU, an hour or two
         pictures=400, side=512, patch=192, batch=16, steps=30_000, dual_steps=2_000, rate=4e-4, floor=1e-7, warmup=0.02,
         clip=20, search_steps=500, epoch=25, search_patch=192, search_batch=16, search_rate=1e-4, first_order=False,
@@ -117,12 +117,12 @@ class Run:
                                              f"the data; finished stages are kept in {self.folder}")
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
+                if (k + 1) % max(1, steps // 100) == 0:
+                    self.log(stage=stage, step=k + 1, loss=round(loss, 4))
                 if stopped or time.monotonic() - self.saved > SAVE_SECONDS:
                     self.save(stage, k + 1, parts)
                 if stopped:
                     raise KeyboardInterrupt
-                if (k + 1) % max(1, steps // 100) == 0:
-                    self.log(stage=stage, step=k + 1, loss=round(loss, 4))
 
 
 def check_same(known: dict, config: dict, folder: Path) -> None:
@@ -196,7 +196,7 @@ def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, ste
         return loss.item()
 
     def batches(start: int):
-        return to_device(data.batches(pictures, args.patch, args.batch, args.seed + len(stage), start), args.device)
+        return to_device(data.batches(pictures, args.patch, args.batch, args.seed, start), args.device)
 
     run.repeat(stage, steps, one_step, batches, dict(model=model, duals=duals, optimiser=optimiser))
 
@@ -267,26 +267,30 @@ def tune(run: Run, args: SimpleNamespace, pictures, student_state: dict, teacher
     teacher.eval().requires_grad_(False)
     for module in (model, teacher):
         module.to(args.device, memory_format=torch.channels_last)
-    loss, features = native_loss(model, duals.to(args.device)), last_features(model, teacher)
-
-    def loss_of(y: dict):
-        out = model(y[1])
-        with torch.no_grad():
-            teacher(y[1])
-        return loss(out, y) + DISTILL_WEIGHT * dual.distill_loss(*features)
-
-    fit(run, "tune", args, pictures, model, duals, args.tune_steps, args.tune_rate, loss_of)
+    loss = native_loss(model, duals.to(args.device))
+    with distillation(model, teacher) as distance:
+        fit(run, "tune", args, pictures, model, duals, args.tune_steps, args.tune_rate,
+            lambda y: loss(model(y[1]), y) + DISTILL_WEIGHT * distance(y[1]))
     return run.finish("tune", checkpoint(model, duals), started, steps=args.tune_steps)
 
 
-def last_features(*networks) -> list:
-    """A list that holds, after each has run, the input of the last layer of each network."""
-    features = [None] * len(networks)
-    for i, network in enumerate(networks):
-        def keep(module, inputs, i=i):
-            features[i] = inputs[0]
-        network.get_submodule(network.feature).register_forward_pre_hook(keep)
-    return features
+@contextmanager
+def distillation(student, teacher):
+    """A function x -> distance of the student's last features, of its forward pass just done, to the teacher's for x."""
+    features = {}
+    hooks = [network.get_submodule(network.feature).register_forward_pre_hook(
+        lambda module, inputs, who=who: features.update({who: inputs[0]})) for who, network in (("s", student), ("t", teacher))]
+
+    def distance(x):
+        with torch.no_grad():
+            teacher(x)
+        return dual.distill_loss(features["s"], features["t"])
+
+    try:
+        yield distance
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_teacher(args: SimpleNamespace) -> nn.Module:
@@ -305,14 +309,14 @@ def find_widths(run: Run, args: SimpleNamespace, pictures, state: dict) -> dict:
                             args.search_rate, second_order=not args.first_order)
     half, rest = split(len(pictures))
 
-    def batches(part, start: int, seed: int):
-        return to_device(data.batches(part, args.search_patch, args.search_batch, seed, start), args.device)
+    def batches(part, start: int = 0):
+        return to_device(data.batches(part, args.search_patch, args.search_batch, args.seed, start), args.device)
 
     def both(start: int):
-        with closing(batches(pictures[:half], start, args.seed)) as a, closing(batches(pictures[half:rest], start, args.seed)) as b:
-            yield from zip(a, b)
+        with closing(batches(pictures[:half], start)) as train, closing(batches(pictures[half:rest], start)) as valid:
+            yield from zip(train, valid)
 
-    with closing(batches(pictures[rest:], 0, args.seed + 1)) as source:
+    with closing(batches(pictures[rest:])) as source:
         held_out = list(islice(source, 4))
 
     def one_step(k: int, pair: tuple) -> float:
@@ -330,9 +334,9 @@ def find_widths(run: Run, args: SimpleNamespace, pictures, state: dict) -> dict:
 
 
 def split(count: int) -> tuple[int, int]:
-    """Ends of T and of V; what follows is held out. With under three pictures the parts share pictures."""
+    """Ends of T and of V; what follows is held out."""
     if count < 3:
-        return count, count
+        raise ValueError(f"the search needs at least 3 pictures (two halves and held-out ones), there are {count}: give more")
     rest = count - max(1, count // 10)
     return rest // 2, rest
 
@@ -370,7 +374,7 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
     for module in (original, model):
         module.to(args.device, memory_format=torch.channels_last)
     duals.to(args.device).requires_grad_(False)
-    source = data.batches(pictures[:CALIBRATION_PICTURES], args.select_patch, args.select_batch, args.seed + 2)
+    source = data.batches(pictures[:CALIBRATION_PICTURES], args.select_patch, args.select_batch, args.seed)
     with closing(to_device(source, args.device)) as batches:
         calibration = list(islice(batches, args.select_batches))
     selection = Selection(model)
@@ -448,15 +452,22 @@ def busiest(image, side: int) -> tuple[slice, slice]:
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def number(kind, low, high):
+def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number in [low, high)."""
     def parse(text: str):
         value = kind(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high})" if high < math.inf else f"{text} is below {low}")
+            wrong = f"is outside [{low}, {high})" if high < math.inf else f"is below {low}"
+            raise argparse.ArgumentTypeError(f"{text} {wrong}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__                       # argparse says "invalid float value"
     return parse
+
+
+def positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
 
 
 def target(text: str) -> tuple[str, float]:
@@ -475,7 +486,7 @@ def teacher(text: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     parser = argparse.ArgumentParser(description="Train, compress and report: dual regression compression.", allow_abbrev=False)
-    natural, share = number(int, 1, math.inf), number(float, 0, 1)
+    natural, share = number(int, 1), number(float, 0, 1)
     add = parser.add_argument_group("what").add_argument
     add("--arch", choices=models.ARCHS, required=True, help="the network")
     add("--scale", type=int, default=4, help="upscaling factor (default 4)")
@@ -485,7 +496,7 @@ def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
     add("--test", metavar="DIR", help="report on these pictures (default: eight photographs of scikit-image)")
-    add("--memory", type=number(float, 0, math.inf), default=4.0, metavar="GIB", help="for decoded pictures (default 4)")
+    add("--memory", type=positive, default=4.0, metavar="GIB", help="for decoded pictures (default 4)")
     add("--pictures", type=natural, metavar="N", help="how many pictures to generate")
     add = parser.add_argument_group("training").add_argument
     add("--pretrained", metavar="FILE", help="start from these weights, official or ours, instead of training")
@@ -494,7 +505,7 @@ def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     add("--steps", type=natural, metavar="N", help="training steps; with --pretrained: train it further")
     add("--patch", type=natural, metavar="N", help="side of an HR training patch in pixels")
     add("--batch", type=natural, metavar="N", help="patches per training step")
-    add("--rate", type=number(float, 0, math.inf), metavar="F", help="learning rate of training")
+    add("--rate", type=positive, metavar="F", help="learning rate of training")
     add = parser.add_argument_group("compression").add_argument
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True, help="search without the second-order term: 3 passes, not 5")
@@ -502,7 +513,7 @@ def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     add("--teacher", type=teacher, metavar="ARCH:FILE", help="distil from this network (default: the unpruned one)")
     add = parser.add_argument_group("run").add_argument
     add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0), default=0, help="of weights, pictures and patches")
     add("--device", type=evaluate.usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return settle(parser, parser.parse_args(argv))
 
@@ -521,6 +532,10 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
         vars(args).setdefault(name, value)
     args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else "chosen, for there is no GPU"
     args.preset, args.continue_training = chosen, given.steps is not None
+    for stage in ("search", "select"):                   # a patch or batch given smaller for training is meant for all
+        for name, asked in (("patch", given.patch), ("batch", given.batch)):
+            if asked:
+                vars(args)[f"{stage}_{name}"] = min(vars(args)[f"{stage}_{name}"], asked)
     if args.budget and not args.prune:
         args.prune = prune.budget_ratio(args.budget[1])
     problems = {

@@ -1,7 +1,10 @@
 """What the tests share: the repository on the import path, the rule of the golden numbers, a tiny DRN."""
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")          # tiny tensors: more threads only wait for each other
 
 import numpy as np
 import pytest

@@ -91,7 +91,7 @@ def test_measures_refuse(a, b, crop, word):
     ("drn_s", 4, "search_x4p05", 2_267_417, 53_016_282_096), ("drn_s", 8, "search_x8p05", 2_548_420, 94_243_067_628),
     ("drn_s", 4, "search_x4p07", 1_427_545, 32_745_505_776), ("drn_s", 8, "search_x8p07", 1_572_288, 53_341_574_892)])
 def test_published_costs(arch, scale, channels, params, madds):
-    widths = channels and evaluate.read_channels(CHANNELS / f"{channels}.txt")
+    widths = channels and [int(n) for n in (CHANNELS / f"{channels}.txt").read_text().split()]
     assert evaluate.count(models.build(arch, scale, widths), 96, 96) == (params, madds)
 
 
@@ -337,13 +337,19 @@ def test_official_files_need_their_arch_and_channels(tmp_path):
 def test_read_channels(tmp_path):
     file = tmp_path / "channels.txt"
     file.write_text(" 12\n\n20 \r\n36")
-    assert evaluate.read_channels(file) == evaluate.read_channels(file, 3) == [12, 20, 36]
+    assert evaluate.read_channels(file, 3) == [12, 20, 36]
     with pytest.raises(ValueError, match="channels.txt has 3 channel numbers, this network needs 64"):
         evaluate.read_channels(file, 64)
     for line in ("4.0", "-4", "0", "four", "４", "4 8"):
         file.write_text(f"12\n{line}\n", encoding="utf-8")
-        with pytest.raises(ValueError, match="channels.txt, line 2: .* no positive integer"):
-            evaluate.read_channels(file)
+        with pytest.raises(ValueError, match="channels.txt, entry 2: .* no positive integer"):
+            evaluate.read_channels(file, 2)
+    file.write_text('{"arch": "drn_s", "widths": {"down0": 12, "down1": 20}}')
+    assert evaluate.read_channels(file, 2) == [12, 20]
+    for text in ('{"widths": [4]}', '{"arch": 3}', "{", '{"widths": {"down0": 0}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="channels.txt"):
+            evaluate.read_channels(file, 1)
 
 
 # ---- the command

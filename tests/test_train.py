@@ -1,0 +1,330 @@
+"""The command as a user gives it: it goes from nothing to a report, survives kill -9 and ctrl-C to the last bit, and
+answers wrong input with one sentence. A tiny DRN stands in for the published sizes, so that a whole run takes seconds."""
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import dual
+import evaluate
+import models
+import prune
+import train
+
+TINY = dict(feats=8, blocks=1)
+DRIVER = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import models, train, evaluate
+models.PRESETS["tiny"] = (models.DRN, {{4: dict({', '.join(f'{k}={v}' for k, v in TINY.items())})}})
+models.ARCHS += ("tiny",)
+train.SAVE_SECONDS = 0
+evaluate.run(train.main)
+"""
+QUICK = "--arch tiny --prune 0.3 --pictures 4 --patch 32 --batch 1 --steps 8 --search-steps 5 --tune-steps 6 --device cpu".split()
+
+
+def picture(side: int = 64, seed: int = 0) -> Image.Image:
+    return Image.fromarray(data.dead_leaves((seed, 0), side))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the pictures to report on."""
+    test = tmp_path_factory.mktemp("test")
+    for i in range(2):
+        picture(seed=i).save(test / f"{i}.png")
+    return test
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "tiny", (models.DRN, {4: TINY}))
+    monkeypatch.setattr(models, "ARCHS", (*models.ARCHS, "tiny"))
+
+
+def command(run, *more) -> list[str]:
+    return [sys.executable, "-c", DRIVER, *QUICK, "--run", str(run), *map(str, more)]
+
+
+def call(monkeypatch, capsys, *arguments):
+    """python train.py ARGUMENTS, in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    code = 0
+    try:
+        evaluate.run(train.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder):
+    """The folder and the output of a run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run(command(run, "--test", folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def weights(run, stage: str) -> dict:
+    return torch.load(run / f"{stage}.pt", weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Equality of nested containers of tensors, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def wait_for(condition, process, seconds: float = 120):
+    start = time.monotonic()
+    while not condition():
+        assert process.poll() is None, "the process ended before it could be stopped"
+        assert time.monotonic() - start < seconds
+        time.sleep(0.002)
+
+
+# ---- a whole run
+def test_a_run_leaves_what_the_readme_says(finished):
+    run, output = finished
+    names = {f.name for f in run.iterdir()}
+    assert {"train.pt", "search.pt", "select.pt", "tune.pt", "log.jsonl", "channels.json", "report.json", "comparison.png"} <= names
+    assert "progress.pt" not in names and not [n for n in names if n.endswith(".tmp")]
+    table = json.loads((run / "report.json").read_text())
+    assert list(table) == ["bicubic", "dense", "pruned"] and all(name in output for name in table)
+    dense, pruned = evaluate.load_model(run / "train.pt"), evaluate.load_model(run / "tune.pt")
+    assert (table["pruned"]["params"], table["pruned"]["madds"]) == evaluate.count(pruned, 96, 96)
+    assert table["pruned"]["params"] < 0.75 * table["dense"]["params"]
+    chosen = json.loads((run / "channels.json").read_text())["widths"]
+    assert pruned.widths == chosen and all(n in prune.candidates(dense.widths[k], 0.3) for k, n in chosen.items())
+    stages = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in stages if "seconds" in line] == ["train", "search", "select", "tune", "report"]
+    width, height = Image.open(run / "comparison.png").size
+    assert width > 4 * 192 and height > 2 * 64
+
+
+def test_the_report_is_what_evaluate_measures(finished, folder):
+    run, _ = finished
+    rows = evaluate.evaluate(models.inference(evaluate.load_model(run / "tune.pt")), data.open_folder(folder, (1, 4)))
+    table = json.loads((run / "report.json").read_text())
+    assert np.mean([r.psnr for r in rows]) == pytest.approx(table["pruned"]["psnr"], abs=1e-9)
+
+
+def test_a_finished_run_is_shown_again_without_work(finished, monkeypatch, capsys, folder):
+    run, output = finished
+    before = {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
+    monkeypatch.setattr(train, "open_data", lambda *a: pytest.fail("opened data again"))
+    code, again, _ = call(monkeypatch, capsys, *QUICK, "--run", run, "--test", folder)
+    assert code == 0 and again.splitlines()[-7:] == output.splitlines()[-7:]
+    assert before == {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
+
+
+# ---- stop and continue
+def test_kill_and_continue_ends_with_the_same_weights(finished, folder, tmp_path):
+    """kill -9 in every stage, soon after the first state of it is on the disk."""
+    whole, run = finished[0], tmp_path / "killed"
+    for stage in ("train", "search", "select", "tune"):
+        process = subprocess.Popen(command(run, "--test", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def running():
+            state = run / "progress.pt"
+            return state.exists() and stage.encode() in state.read_bytes()[:2000] or (run / f"{stage}.pt").exists()
+
+        wait_for(running, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(run, "--test", folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stage in ("train", "search", "select", "tune"):
+        assert same(weights(run, stage), weights(whole, stage)), stage
+
+
+def test_interrupt_saves_the_step_it_was_in(finished, folder, tmp_path):
+    whole, run = finished[0], tmp_path / "interrupted"
+    arguments = command(run, "--test", folder)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "progress.pt").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    state = torch.load(run / "progress.pt", weights_only=True)
+    logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert state["stage"] == "train" and state["step"] >= max(logged, default=0)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    steps = [line["step"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if line["stage"] == "train" and "step" in line]
+    assert done.returncode == 0 and sorted(set(steps)) == list(range(1, 9)) and len(steps) <= 9       # nothing done twice
+    assert same(weights(run, "tune"), weights(whole, "tune"))
+
+
+def test_another_command_on_the_same_folder_is_refused(finished, monkeypatch, capsys, folder):
+    run, _ = finished
+    for flags, words in ((("--tune-steps", "7"), "--tune-steps 6, now it is 7"), (("--seed", "1"), "--seed 0, now it is 1"),
+                         (("--prune", "0.5"), "--prune 0.3, now it is 0.5")):
+        code, _, errors = call(monkeypatch, capsys, *QUICK, "--run", run, "--test", folder, *flags)
+        assert code == 2 and words in errors and "Traceback" not in errors
+
+
+# ---- weights from elsewhere
+def save_official(tmp_path, arch="tiny"):
+    model = models.build(arch)
+    duals = dual.make_duals(model)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save([d.state_dict() for d in duals], tmp_path / "dual.pt")
+    return model, duals
+
+
+def test_pretrained_weights_are_taken_as_they_are(tmp_path, folder, monkeypatch, capsys):
+    model, duals = save_official(tmp_path)
+    base = ["--arch", "tiny", "--pictures", 3, "--patch", 32, "--batch", 1, "--test", folder, "--device", "cpu",
+            "--pretrained", tmp_path / "model.pt"]
+    code, *_ = call(monkeypatch, capsys, *base, "--pretrained-dual", tmp_path / "dual.pt", "--run", tmp_path / "a")
+    state = weights(tmp_path / "a", "train")
+    assert code == 0 and same(state["model"], dict(model.state_dict())) and same(state["duals"], [dict(d.state_dict()) for d in duals])
+    monkeypatch.setitem(train.PRESETS["quick"], "dual_steps", 2)
+    code, *_ = call(monkeypatch, capsys, *base, "--run", tmp_path / "b")             # duals are missing: only they are trained
+    assert code == 0 and same(weights(tmp_path / "b", "train")["model"], state["model"])
+    code, *_ = call(monkeypatch, capsys, *base, "--steps", 1, "--run", tmp_path / "c")
+    assert code == 0 and not same(weights(tmp_path / "c", "train")["model"], state["model"])
+
+
+def test_a_pruned_pretrained_network_needs_its_channels(tmp_path, folder, monkeypatch, capsys):
+    dense = models.build("tiny")
+    small = prune.cut(dense, {pair.name: range(pair.width // 2) for pair in dense.pairs()})
+    torch.save(small.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "channels.txt").write_text("\n".join(map(str, small.widths.values())))
+    monkeypatch.setitem(train.PRESETS["quick"], "dual_steps", 1)
+    base = ["--arch", "tiny", "--pictures", 3, "--patch", 32, "--batch", 1, "--test", folder, "--device", "cpu",
+            "--pretrained", tmp_path / "model.pt"]
+    code, *_ = call(monkeypatch, capsys, *base, "--channels", tmp_path / "channels.txt", "--run", tmp_path / "a")
+    assert code == 0 and evaluate.load_model(tmp_path / "a" / "train.pt").widths == small.widths
+    code, _, errors = call(monkeypatch, capsys, *base, "--run", tmp_path / "b")
+    assert code == 1 and "has shape (4, 8, 3, 3), this network needs (8, 8, 3, 3)" in errors
+
+
+def test_budget_is_met(tmp_path, folder, monkeypatch, capsys):
+    for kind in ("params", "madds"):
+        run = tmp_path / kind
+        arguments = [a for a in QUICK if a not in ("--prune", "0.3")] + ["--run", run, "--test", folder, "--budget", f"{kind}=0.7"]
+        code, *_ = call(monkeypatch, capsys, *arguments)
+        table = json.loads((run / "report.json").read_text())
+        assert code == 0 and 0.99 * 0.7 <= table["pruned"][kind] / table["dense"][kind] <= 0.7
+
+
+def test_a_larger_teacher_can_be_given(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setitem(models.PRESETS, "wide", (models.DRN, {4: dict(feats=12, blocks=1)}))
+    monkeypatch.setattr(models, "ARCHS", (*models.ARCHS, "wide"))
+    torch.save(models.build("wide").state_dict(), tmp_path / "wide.pt")
+    results = []
+    for name, flags in (("own", []), ("wide", ["--teacher", f"wide:{tmp_path / 'wide.pt'}"])):
+        code, *_ = call(monkeypatch, capsys, *QUICK, "--run", tmp_path / name, "--test", folder, *flags)
+        assert code == 0
+        results.append(weights(tmp_path / name, "tune"))
+    assert same(weights(tmp_path / "own", "select"), weights(tmp_path / "wide", "select")) and not same(*results)
+
+
+# ---- bad input: one sentence, the right exit code
+WRONG = [
+    ("--arch drn_m", 2, "invalid choice: 'drn_m'"),
+    ("--arch drn_s --scale 3", 2, "drn_s has no scale 3: choose one of 4, 8"),
+    ("--arch drn_s --prune 1", 2, "--prune: 1 is outside [0, 1)"),
+    ("--arch drn_s --prune -0.1", 2, "--prune: -0.1 is outside [0, 1)"),
+    ("--arch drn_s --prune nan", 2, "--prune: nan is outside [0, 1)"),
+    ("--arch drn_s --prune x", 2, "invalid float value: 'x'"),
+    ("--arch drn_s --steps 0", 2, "--steps: 0 is below 1"),
+    ("--arch drn_s --rate 0", 2, "--rate: 0 must be above 0"),
+    ("--arch drn_s --seed -1", 2, "--seed: -1 is below 0"),
+    ("--arch drn_s --patch 30", 2, "--patch 30 is not a multiple of the scale 4"),
+    ("--arch drn_s --budget params=1.5", 2, "'params=1.5' is not params=F or madds=F"),
+    ("--arch drn_s --teacher drn_l", 2, "'drn_l' is not ARCH:FILE"),
+    ("--arch drn_s --preset paper", 2, "--preset paper needs --data DIR"),
+    ("--arch drn_s --channels c.txt", 2, "belong to --pretrained FILE"),
+    ("--arch drn_s --data missing", 1, "missing is missing: give a folder"),
+    ("--arch drn_s --data {empty}", 1, "holds no picture"),
+    ("--arch tiny --data {broken}", 1, "cannot read {broken}/a.png as a picture"),
+    ("--arch tiny --data {small}", 1, "(20x20 pixels) is smaller than the patch (96)"),
+    ("--arch tiny --data {mismatch}", 1, "HR/a.png (64x64) is not 4 times {mismatch}/LR_bicubic/X4/ax4.png (10x10)"),
+    ("--arch tiny --pretrained {evil}", 1, "nothing in it was executed"),
+    ("--arch tiny --pretrained {other}", 1, "weight head.weight has shape (16, 3, 3, 3), this network needs (8, 3, 3, 3)"),
+    ("--arch tiny --pretrained {good} --channels {channels}", 1, "has 3 channel numbers, this network needs 6"),
+    ("--arch tiny --pretrained {good} --pretrained-dual {good}", 1, "not the list of weights expected here"),
+    ("--arch tiny --steps 3 --patch 32 --batch 1 --pictures 3 --rate 1e30", 1, "of train: lower --rate"),
+    ("--arch tiny --prune 0.3 --steps 1 --patch 32 --batch 1 --pictures 2", 1, "the search needs at least 3 pictures"),
+]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (str(Evil.marker),)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """Paths of everything that is wrong with files."""
+    root = tmp_path_factory.mktemp("bad")
+    paths = {name: root / name for name in ("empty", "broken", "small", "mismatch")}
+    for path in paths.values():
+        path.mkdir()
+    (paths["broken"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    picture(20).save(paths["small"] / "a.png")
+    for name, size in (("HR/a.png", 64), ("LR_bicubic/X4/ax4.png", 10)):
+        (paths["mismatch"] / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(size).save(paths["mismatch"] / name)
+    Evil.marker = root / "executed"
+    files = {name: root / f"{name}.pt" for name in ("evil", "other", "good", "channels")}
+    files["evil"].write_bytes(pickle.dumps(Evil()))
+    torch.save(models.DRN("drn_s", 4, 16, 1).state_dict(), files["other"])
+    torch.save(models.DRN("tiny", 4, **TINY).state_dict(), files["good"])
+    files["channels"].write_text("4\n4\n4\n")
+    return {**paths, **files}
+
+
+@pytest.mark.parametrize("line, code, words", WRONG)
+def test_bad_input_is_one_sentence(line, code, words, bad, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found, _, errors = call(monkeypatch, capsys, *line.format(**bad).split(), "--device", "cpu")
+    last = errors.strip().splitlines()[-1]
+    assert found == code and words.format(**bad) in last and "error: " in last and "Traceback" not in errors
+    assert not Evil.marker.exists()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(finished, folder, tmp_path):
+    """A limit on the size of files stands in for the full disk: the stage that does not fit fails, the earlier stay."""
+    run = tmp_path / "full"
+    limit = (finished[0] / "train.pt").stat().st_size // 2
+    done = subprocess.run(command(run, "--test", folder), capture_output=True, text=True, timeout=300,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr.strip().splitlines()[-1] and not list(run.glob(".*.tmp"))
+    done = subprocess.run(command(run, "--test", folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and same(weights(run, "tune"), weights(finished[0], "tune"))
+
+
+# ---- presets
+def test_the_paper_preset_is_the_papers():
+    paper = train.PRESETS["paper"]
+    assert (paper["patch"], paper["batch"], paper["steps"], paper["rate"], paper["floor"]) == (384, 32, 1_000_000, 1e-4, 1e-7)
+    assert (paper["search_steps"], paper["epoch"], paper["search_batch"], paper["search_patch"]) == (100 * 25, 25, 16, 192)
+    assert (paper["select_patch"], paper["select_batch"], paper["select_batches"], paper["per_round"]) == (192, 16, 10, 1)
+    assert not paper["reuse"] and not paper["first_order"]
+    assert all(preset.keys() == paper.keys() for preset in train.PRESETS.values())
+
+
+def test_quick_is_chosen_and_said_without_a_gpu(finished):
+    first = finished[1].splitlines()[0]
+    assert "tiny x4 on" in first and "CPU threads" in first and "preset quick (given" not in first and "preset quick (chosen" in first
