@@ -613,6 +613,7 @@ def _ahead(make: Callable[[int], dict[int, Tensor]], start: int, depth: int = 3)
                 continue
 
     def work():
+        torch.set_num_threads(1)  # of this thread: a second team of OpenMP threads would nearly halve the training's speed
         try:
             for k in itertools.count(start):
                 if not running():

