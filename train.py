@@ -2,6 +2,11 @@
 
     python train.py --arch drn_s --prune 0.3
 
+                PSNR-Y    SSIM  parameters  MAdds 96x96  MAdds 720p  s/image
+    bicubic     30.276  0.8065           -            -           -     0.01
+    dense       31.226  0.8256   4,804,065     109.92 G     687.0 G     6.30
+    pruned      31.273  0.8261   2,770,529      67.46 G     421.7 G     4.77
+
 Stages: 1 data · 2 primal and dual training · 3 search (how many channels) · 4 select and cut (which ones) ·
 5 fine-tuning with distillation · 6 report. Every stage leaves `runs/<name>/<stage>.pt`; a run that was stopped, by ctrl-C
 or by kill -9, continues where it was when the same command is given again, and ends with the same weights.
@@ -65,10 +70,9 @@ class Run:
         for rest in folder.glob(".*.tmp"):                # what kill -9 left half written
             rest.unlink()
         known = folder / "config.json"
-        if known.exists():
+        if any(folder.glob("*.pt")) and known.exists():   # without any work done, flags may still be corrected
             check_same(json.loads(known.read_text()), config, folder)
-        else:
-            data.write(known, json.dumps(config, indent=1).encode())
+        data.write(known, json.dumps(config, indent=1).encode())
 
     def write(self, name: str, content: dict) -> None:
         blob = io.BytesIO()
@@ -128,7 +132,7 @@ class Run:
 
 
 def check_same(known: dict, config: dict, folder: Path) -> None:
-    for name in config:
+    for name in sorted(config, key=lambda name: name != "preset"):                # it explains the others
         if known.get(name) != config[name]:
             flag = "--" + name.replace("_", "-")
             raise WrongUsage(f"{folder} was made with {flag} {known.get(name)}, now it is {config[name]}: give the same "
@@ -398,31 +402,34 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
 
 # ---- 6 report --------------------------------------------------------------------------------------------------------
 def report(run: Run, args: SimpleNamespace, states: dict[str, dict]) -> None:
-    """The table of bicubic and the networks in `states`, report.json, and comparison.png."""
-    started = time.monotonic()
-    scale = args.scale
+    """Measures bicubic and the networks in `states` ({name: checkpoint}); writes report.json and comparison.png."""
+    started, scale = time.monotonic(), args.scale
     pictures = data.open_folder(args.test, (1, scale)) if args.test else data.photographs((1, scale))
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, scale), pictures)}
-    costs = {}
+    costs = {"bicubic": {}}
     for name, state in states.items():
         model, _ = restore(state)
         rows[name] = evaluate.evaluate(models.inference(model).to(args.device), pictures)
-        costs[name] = [*evaluate.count(model, 96, 96), evaluate.count(model, *(math.ceil(n / scale) for n in (720, 1280))).madds]
-    table = {name: dict(psnr=np.mean([r.psnr for r in row]), ssim=np.mean([r.ssim for r in row]),
-                        seconds=np.mean([r.seconds for r in row]), **dict(zip(("params", "madds", "madds_720p"), costs.get(name, ()))))
-             for name, row in rows.items()}
+        small, large = evaluate.count(model, 96, 96), evaluate.count(model, math.ceil(720 / scale), math.ceil(1280 / scale))
+        costs[name] = dict(params=small.params, madds=small.madds, madds_720p=large.madds)
+    table = {name: {**{key: float(np.mean([getattr(row, key) for row in found])) for key in ("psnr", "ssim", "seconds")},
+                    **costs[name]} for name, found in rows.items()}
     data.write(run.folder / "report.json", json.dumps(table, indent=1).encode())
     data.write_image(run.folder / "comparison.png", comparison(rows, pictures, scale))
-    run.log(stage="report", seconds=round(time.monotonic() - started, 1), **{name: round(t["psnr"], 3) for name, t in table.items()})
+    run.log(stage="report", seconds=round(time.monotonic() - started, 1),
+            **{name: round(line["psnr"], 3) for name, line in table.items()})
 
 
-def print_table(run: Run, where: str) -> None:
+def print_table(run: Run) -> None:
     table = json.loads((run.folder / "report.json").read_text())
-    print(f"\n{where:22} {'PSNR-Y':>8} {'SSIM':>7} {'parameters':>11} {'MAdds 96x96':>12} {'MAdds 720p':>11} {'s/image':>8}")
-    for name, t in table.items():
-        cost = f"{t['params']:>11,} {t['madds'] / 1e9:>10.2f} G {t['madds_720p'] / 1e9:>9.1f} G" if "params" in t else f"{'-':>11} {'-':>12} {'-':>11}"
-        print(f"{name:22} {t['psnr']:>8.3f} {t['ssim']:>7.4f} {cost} {t['seconds']:>8.2f}")
-    print(f"\n{run.folder}/: comparison.png, channels.json, log.jsonl, " + ", ".join(sorted(f.name for f in run.folder.glob("*.pt"))))
+    print(f"\n{'':10}{'PSNR-Y':>8} {'SSIM':>7} {'parameters':>11} {'MAdds 96x96':>12} {'MAdds 720p':>11} {'s/image':>8}")
+    for name, line in table.items():
+        cost = f"{'-':>11} {'-':>12} {'-':>11}"
+        if "params" in line:
+            cost = f"{line['params']:>11,} {line['madds'] / 1e9:>10.2f} G {line['madds_720p'] / 1e9:>9.1f} G"
+        print(f"{name:10}{line['psnr']:>8.3f} {line['ssim']:>7.4f} {cost} {line['seconds']:>8.2f}")
+    stages = ", ".join(f.name for f in sorted(run.folder.glob("*.pt"), key=lambda f: f.stat().st_mtime))
+    print(f"\n{run.folder}/: comparison.png, channels.json, report.json, log.jsonl, {stages}")
 
 
 def comparison(rows: dict[str, list], pictures, scale: int, side: int = 192):
@@ -532,7 +539,8 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     args = SimpleNamespace(**{**PRESETS[chosen], **{k: v for k, v in vars(given).items() if v is not None}})
     for name, value in vars(given).items():
         vars(args).setdefault(name, value)
-    args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else "chosen, for there is no GPU; --preset default trains longer"
+    args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else \
+        "chosen, for there is no GPU; --preset default trains longer"
     args.preset, args.continue_training = chosen, given.steps is not None
     for stage in ("search", "select"):                   # a patch or batch given smaller for training is meant for all
         for name, asked in (("patch", given.patch), ("batch", given.batch)):
@@ -543,7 +551,8 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     problems = {
         f"--preset {chosen} needs --data DIR with DF2K or DIV2K in it": chosen == "paper" and not args.data,
         f"--patch {args.patch} is not a multiple of the scale {args.scale}": args.patch % args.scale,
-        "--pretrained-dual and --channels belong to --pretrained FILE": (args.pretrained_dual or args.channels) and not args.pretrained,
+        "--pretrained-dual and --channels belong to --pretrained FILE":
+            (args.pretrained_dual or args.channels) and not args.pretrained,
     }
     for sentence in (text for text, wrong in problems.items() if wrong):
         parser.error(sentence)
@@ -587,7 +596,7 @@ def main() -> None:
     # ---- 6 report
     if not (args.run / "report.json").exists():
         report(run, args, states)
-    print_table(run, "")
+    print_table(run)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def psnr(model, pictures) -> float:
 
 
 def compression(args: argparse.Namespace) -> None:
-    """A DRN of 8 features: (a) 20 full passes per channel, as the release; (b) cached; (c) the default; (d) L1 norms."""
+    """A DRN of 8 features: (a) 20 full passes per channel, as the release; (b) cached; (c) the presets; (d) L1 norms."""
     torch.manual_seed(0)
     pictures = data.generate(24, 384, (1, 2, 4), 0)
     model = models.DRN("drn_s", 4, 8, args.blocks)
@@ -57,11 +57,12 @@ def compression(args: argparse.Namespace) -> None:
     calibration = list(islice(data.batches(pictures, 64, 4, 1), 10))
     print(f"DRN with 8 features and {args.blocks} RCABs, {sum(widths.values())} of {sum(model.widths.values())} channels kept, "
           f"10 calibration batches of 4 patches of 64x64, {torch.get_num_threads()} threads", flush=True)
-    print(f"dense {psnr(model, photographs):.3f} dB\n{'':32} {'seconds':>8} {'times':>6} {'same channels':>13} "
+    print(f"dense {psnr(model, photographs):.3f} dB\n{'':36} {'seconds':>8} {'times':>6} {'same channels':>13} "
           f"{'cut dB':>7} {'tuned dB':>8}", flush=True)
-    default = {key: train.PRESETS["default"][key] for key in ("per_round", "reuse")}
-    ways = {"a plain, as the release": dict(cache=False), "b exact caching": {},
-            "c default: {per_round} per round, reuse".format(**default): default}
+    ways = {"a plain, as the release": dict(cache=False), "b exact caching": {}}
+    for preset in ("default", "quick"):
+        settings = {key: train.PRESETS[preset][key] for key in ("per_round", "reuse")}
+        ways[f"c preset {preset}: {settings['per_round']} a round, reuse"] = settings
     reference = plain = None
     for name, settings in [*ways.items(), ("d L1 norm, no selection", None)]:
         masked, frozen, start = copy.deepcopy(model), copy.deepcopy(duals).requires_grad_(False), time.perf_counter()
@@ -76,22 +77,24 @@ def compression(args: argparse.Namespace) -> None:
         reference, plain = reference or kept, plain or seconds
         same = np.mean([len(set(kept[k]) & set(reference[k])) / len(kept[k]) for k in kept])
         identical = "identical" if kept == reference else f"{100 * same:.1f} %"
-        print(f"{name:32} {seconds:8.1f} {plain / seconds:6.1f} {identical:>13} {before:7.3f} {psnr(small, photographs):8.3f}", flush=True)
+        print(f"{name:36} {seconds:8.1f} {plain / seconds:6.1f} {identical:>13} {before:7.3f} {psnr(small, photographs):8.3f}", flush=True)
 
 
 def inference(args: argparse.Namespace) -> None:
-    """Plain float32 NCHW against `models.inference`, interleaved: time at 96×96, and what it changes on real pictures."""
+    """The network as it is, float32 NCHW, against `models.inference`, interleaved: time at 96×96, and what it changes on
+    real pictures."""
     model = evaluate.load_model(args.weights, args.arch).eval()
     pictures = data.open_folder(args.data, (1, model.scale)) if args.data else data.photographs((1, model.scale))
     ways = {"plain float32": model, "inference float32": models.inference(model), "inference bf16": models.inference(model, "bf16")}
-    low = pictures[0][1][:96, :96]
+    x = torch.rand(1, 3, 96, 96)                                                             # contiguous: NCHW
     times = {name: [] for name in ways}
     for _ in range(args.repeat + 1):
         for name, network in ways.items():
             start = time.perf_counter()
-            evaluate.upscale(network, low)
+            with torch.inference_mode():
+                network(x)
             times[name].append(time.perf_counter() - start)
-    print(f"{Path(args.weights).name}, LR {low.shape[1]}x{low.shape[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    print(f"{args.weights}, LR 96x96, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {evaluate.cpu_has_bf16()}")
     rows = {name: evaluate.evaluate(network, pictures) for name, network in ways.items()}
     base = rows["plain float32"]

@@ -175,9 +175,17 @@ def test_interrupt_saves_the_step_it_was_in(finished, folder, tmp_path):
 def test_another_command_on_the_same_folder_is_refused(finished, monkeypatch, capsys, folder):
     run, _ = finished
     for flags, words in ((("--tune-steps", "7"), "--tune-steps 6, now it is 7"), (("--seed", "1"), "--seed 0, now it is 1"),
-                         (("--prune", "0.5"), "--prune 0.3, now it is 0.5")):
+                         (("--prune", "0.5"), "--prune 0.3, now it is 0.5"),
+                         (("--preset", "default"), "--preset quick, now it is default")):
         code, _, errors = call(monkeypatch, capsys, *QUICK, "--run", run, "--test", folder, *flags)
         assert code == 2 and words in errors and "Traceback" not in errors
+
+
+def test_flags_can_be_corrected_before_any_work_is_done(bad, folder, monkeypatch, capsys, tmp_path):
+    for pictures, expected in ((bad["small"], 1), (folder, 0)):
+        code, *_ = call(monkeypatch, capsys, "--arch", "tiny", "--steps", 1, "--patch", 32, "--batch", 1, "--device", "cpu",
+                        "--data", pictures, "--test", folder, "--run", tmp_path / "run")
+        assert code == expected
 
 
 # ---- weights from elsewhere
