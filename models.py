@@ -152,7 +152,7 @@ class RCAB(nn.Module):
         self.body = nn.Sequential(conv(channels, hidden), nn.ReLU(inplace=True), conv(hidden, channels),
                                   ChannelAttention(channels))
 
-    def leave(self, state: dict) -> dict:
+    def second_half(self, state: dict) -> dict:
         """From the input of the second convolution to the output: skip + x · attention(x), in one pass over memory."""
         x = self.body[2](state["x"])
         return {**state, "x": torch.addcmul(state["skip"], x, self.body[3](x)), "skip": None}
@@ -230,7 +230,7 @@ class DRN(Backbone):
                 yield lambda s: {**s, "skip": s["x"]}
                 yield partial(then, block.body[:2])
                 yield CUT
-                yield block.leave
+                yield block.second_half
             yield partial(then, up[-2])
             yield CUT
             yield partial(then, up[-1])

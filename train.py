@@ -70,9 +70,10 @@ class Run:
         for rest in folder.glob(".*.tmp"):                # what kill -9 left half written
             rest.unlink()
         known = folder / "config.json"
-        if any(folder.glob("*.pt")) and known.exists():   # without any work done, flags may still be corrected
+        if known.exists() and any(folder.glob("*.pt")):
             check_same(json.loads(known.read_text()), config, folder)
-        data.write(known, json.dumps(config, indent=1).encode())
+        else:                                             # before any work is done, flags may still be corrected
+            data.write(known, json.dumps(config, indent=1).encode())
 
     def write(self, name: str, content: dict) -> None:
         blob = io.BytesIO()

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(GOLDEN)]
 import rule                                                                                           # noqa: E402
 
 import dual                                                                                           # noqa: E402
+import evaluate                                                                                       # noqa: E402
 import models                                                                                         # noqa: E402
 
 
@@ -52,6 +53,17 @@ def pooled_batch(seed: int, n: int, low: int, scale: int = 4) -> dict:
 
 def native_loss(duals):
     return lambda out, y: 255 * dual.dr_loss(out.images, y, duals)
+
+
+def run_command(module, monkeypatch, capsys, *arguments):
+    """`python module.py ARGUMENTS`, in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    code = 0
+    try:
+        evaluate.run(module.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(autouse=True)

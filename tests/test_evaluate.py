@@ -6,12 +6,14 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
@@ -353,15 +355,7 @@ def test_read_channels(tmp_path):
 
 
 # ---- the command
-def call(monkeypatch, capsys, *arguments):
-    """Runs `python evaluate.py`, in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    code = 0
-    try:
-        evaluate.run(evaluate.main)
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+call = partial(run_command, evaluate)
 
 
 def is_one_sentence(stderr, code):

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_command
 from PIL import Image
 
 import data
@@ -57,15 +58,7 @@ def command(run, *more) -> list[str]:
     return [sys.executable, "-c", DRIVER, *QUICK, "--run", str(run), *map(str, more)]
 
 
-def call(monkeypatch, capsys, *arguments):
-    """python train.py ARGUMENTS, in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    code = 0
-    try:
-        evaluate.run(train.main)
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+call = partial(run_command, train)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +258,7 @@ WRONG = [
     ("--arch drn_s --data missing", 1, "missing is missing: give a folder"),
     ("--arch drn_s --data {empty}", 1, "holds no picture"),
     ("--arch tiny --data {broken}", 1, "cannot read {broken}/a.png as a picture"),
-    ("--arch tiny --data {small}", 1, "(20x20 pixels) is smaller than the patch (96)"),
+    ("--arch tiny --data {small}", 1, "(20x20 pixels) is smaller than the patch (64)"),
     ("--arch tiny --data {mismatch}", 1, "HR/a.png (64x64) is not 4 times {mismatch}/LR_bicubic/X4/ax4.png (10x10)"),
     ("--arch tiny --pretrained {evil}", 1, "nothing in it was executed"),
     ("--arch tiny --pretrained {other}", 1, "weight head.weight has shape (16, 3, 3, 3), this network needs (8, 3, 3, 3)"),
