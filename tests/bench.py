@@ -77,7 +77,9 @@ def compression(args: argparse.Namespace) -> None:
         reference, plain = reference or kept, plain or seconds
         same = np.mean([len(set(kept[k]) & set(reference[k])) / len(kept[k]) for k in kept])
         identical = "identical" if kept == reference else f"{100 * same:.1f} %"
-        print(f"{name:36} {seconds:8.1f} {plain / seconds if settings is not None else float("nan"):6.1f} {identical:>13} {before:7.3f} {psnr(small, photographs):8.3f}", flush=True)
+        times = "-" if settings is None else f"{plain / seconds:.1f}"
+        print(f"{name:36} {seconds:8.1f} {times:>6} {identical:>13} {before:7.3f} {psnr(small, photographs):8.3f}",
+              flush=True)
 
 
 def literal(model):
