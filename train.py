@@ -429,8 +429,8 @@ def print_table(run: Run) -> None:
         if "params" in line:
             cost = f"{line['params']:>11,} {line['madds'] / 1e9:>10.2f} G {line['madds_720p'] / 1e9:>9.1f} G"
         print(f"{name:10}{line['psnr']:>8.3f} {line['ssim']:>7.4f} {cost} {line['seconds']:>8.2f}")
-    stages = ", ".join(f.name for f in sorted(run.folder.glob("*.pt"), key=lambda f: f.stat().st_mtime))
-    print(f"\n{run.folder}/: comparison.png, channels.json, report.json, log.jsonl, {stages}")
+    files = ("comparison.png", "channels.json", "report.json", "log.jsonl", "train.pt", "search.pt", "select.pt", "tune.pt")
+    print(f"\n{run.folder}/: {', '.join(name for name in files if (run.folder / name).exists())}")
 
 
 def comparison(rows: dict[str, list], pictures, scale: int, side: int = 192):
