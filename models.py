@@ -252,8 +252,7 @@ class DRN(Backbone):
     @torch.no_grad()
     def start_from_bicubic(self) -> None:
         """The head passes the enlarged image on in its first three channels, and the last tail picks them out of the
-        copy while all else counts a tenth: the largest image starts near bicubic, not as noise. (ours; 120 steps of
-        the quick preset then reach what 200 steps with PyTorch's initialisation do)"""
+        copy while all else counts a tenth: the largest image starts near bicubic, not as noise. (ours)"""
         head, tail, copy_of_head = self.head, self.tail[-1], self.config["feats"]
         head.weight[:3], head.bias[:3] = 0, 0
         tail.weight.mul_(0.1)
