@@ -165,7 +165,7 @@ class DRN(Backbone):
 
     def __init__(self, arch: str, scale: int, feats: int, blocks: int, widths: dict | list | None = None):
         super().__init__(dict(arch=arch, scale=scale, feats=feats, blocks=blocks), widths)
-        phase = self.phase = scale.bit_length() - 1                     # halvings; 2**phase == scale
+        phase = scale.bit_length() - 1                                  # halvings; 2**phase == scale
         w = self.widths
         self.sub_mean = MeanShift(-1)
         self.head = conv(3, feats)

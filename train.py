@@ -578,13 +578,15 @@ def main() -> None:
     with torch.device("meta"):
         model = models.build(args.arch, args.scale)
     scales = tuple(sorted({1, args.scale, *(s for spec in model.dual_spec for s in spec[:2])}))
-    pictures = None if (args.run / "report.json").exists() else open_data(args, scales)
+    compress = bool(args.prune or args.budget)
+    trained = (args.run / ("tune.pt" if compress else "train.pt")).exists()
+    pictures = None if trained else open_data(args, scales)
 
     # ---- 2 primal and dual training
     dense = run.read("train.pt") or train(run, args, pictures)
     states = dict(dense=dense)
 
-    if args.prune or args.budget:
+    if compress:
         # ---- 3 search: how many channels each pair keeps
         widths = (run.read("search.pt") or find_widths(run, args, pictures, dense))["widths"]
 

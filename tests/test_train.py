@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,15 @@ def test_a_finished_run_is_shown_again_without_work(finished, monkeypatch, capsy
     code, again, _ = call(monkeypatch, capsys, *QUICK, "--run", run, "--test", folder)
     assert code == 0 and again.splitlines()[-7:] == output.splitlines()[-7:]
     assert before == {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
+
+
+def test_a_lost_report_needs_no_training_pictures(finished, monkeypatch, capsys, folder, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / "report.json").unlink()
+    monkeypatch.setattr(train, "open_data", lambda *a: pytest.fail("opened data again"))
+    code, *_ = call(monkeypatch, capsys, *QUICK, "--run", run, "--test", folder)
+    old, new = (json.loads((r / "report.json").read_text())["pruned"] for r in (finished[0], run))
+    assert code == 0 and {**old, "seconds": 0} == {**new, "seconds": 0}
 
 
 # ---- stop and continue
