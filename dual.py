@@ -18,9 +18,12 @@ class Dual(nn.Module):
     def __init__(self, src: int, dst: int, channels: int):
         super().__init__()
         self.src, self.dst = src, dst
-        sizes = [3] + [channels] * ((src // dst).bit_length() - 1)              # one halving per factor 2
+        # one halving per factor 2; ×3 at once, with centres 1, 4, 7, ... (the release's ×3 dual halves: sizes differ)
+        stride, padding, stages = (3, 0, 1) if src == 3 * dst else (2, 1, (src // dst).bit_length() - 1)
+        sizes = [3] + [channels] * stages
         self.dual_module = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.LeakyReLU(0.2)) for a, b in zip(sizes, sizes[1:])),
+            *(nn.Sequential(nn.Conv2d(a, b, 3, stride, padding, bias=False), nn.LeakyReLU(0.2))
+              for a, b in zip(sizes, sizes[1:])),
             nn.Conv2d(channels, 3, 3, 1, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:

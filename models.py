@@ -11,7 +11,7 @@ What a backbone offers, whatever its class (prune.py, dual.py, train.py and eval
                              consumer of pair i, so that pruning can run only the rest of the network
     begin(x) -> state, finish(state) -> SR
     with_widths(widths)      a fresh network of the same kind with other hidden widths
-    start_from_bicubic()     a better start than PyTorch's random one, where the backbone has one
+    start_from_interpolation()     a better start than the usual random one, where the backbone has one
     fold()                   merges, in place and exactly, what is linear at inference
     arch, scale, widths, rgb_range, dual_spec, feature, float32, madds_count_bias     facts, see `Backbone`
 
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 
 class SR(NamedTuple):
     """What every backbone returns, and what a batch holds."""
@@ -36,9 +38,11 @@ class Pair(NamedTuple):
     """A hidden width: the layers that make it and the layers that consume it. Channel j of the pair is the rows
     `producers[i][1][j]` of layer `producers[i][0]` and the input columns `consumers[i][1][j]` of `consumers[i][0]`."""
     name: str                                  # stable and human: "up0.rcab12"
-    width: int                                 # hidden channels now
+    width: int                                 # channels that can be chosen among; in attention those of one head
     producers: tuple[tuple[str, Tensor], ...]  # (module name, rows (width, r)) of weight and bias
     consumers: tuple[tuple[str, Tensor], ...]  # (module name, columns (width, c)) of weight
+    count: int = 1                             # a channel counts so often in `widths`: once for every head
+    norm: str = ""                             # LayerNorm over the channels on the way to the consumer, if there is one
 
 
 class Backbone(nn.Module):
@@ -58,8 +62,11 @@ class Backbone(nn.Module):
         """A fresh, randomly initialised network of the same kind with the hidden widths given ({pair: n} or a list)."""
         return type(self)(widths=widths, **self.config)
 
-    def start_from_bicubic(self) -> None:
-        """Changes the random initialisation, where a backbone can, so that training begins near bicubic enlargement."""
+    def start_from_interpolation(self) -> None:
+        """Changes the random initialisation, where a backbone can, so that training begins near an interpolation."""
+
+    def fold(self) -> None:
+        """Merges what is linear at inference (evaluation mode), in place and exactly, where there is something."""
 
     def steps(self) -> list[Callable]:
         """The forward pass as len(pairs) + 1 functions state -> state, cut before the consumer of each pair."""
@@ -175,7 +182,7 @@ class DRN(Backbone):
             hidden = w[f"up{i}.shuffle"]
             self.up_blocks.append(nn.Sequential(
                 *(RCAB(n, w[f"up{i}.rcab{b}"]) for b in range(blocks)),
-                nn.Sequential(conv(n, 4 * hidden), nn.PixelShuffle(2)),  # no activation up to the 1×1: see fold
+                Upsample((n, hidden, 2)),                                # no activation up to the 1×1: see fold
                 conv(hidden, outputs, 1)))
         self.tail = nn.ModuleList([conv(feats << phase, 3)])
         self.tail.extend(conv(2 * outputs, 3) for _, outputs in self.up_widths(phase, feats))
@@ -250,7 +257,7 @@ class DRN(Backbone):
         return SR(state["images"])
 
     @torch.no_grad()
-    def start_from_bicubic(self) -> None:
+    def start_from_interpolation(self) -> None:
         """The head passes the enlarged image on in its first three channels, and the last tail picks them out of the
         copy while all else counts a tenth: the largest image starts near bicubic, not as noise. (ours)"""
         head, tail, copy_of_head = self.head, self.tail[-1], self.config["feats"]
@@ -276,6 +283,407 @@ class DRN(Backbone):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What SwinIR and DAT share: a trunk of tokens (B, H, W, C) at the LR size, enlarged at the very end.
+#
+#   low -mean-> conv_first -> norm -> groups of blocks -> norm -> conv_after_body -(+)-> upsampler -+mean-> image at `scale`
+#                    '----------------------------------------------------------------'
+# A block is x + attention(norm x), then x + mlp(norm x); on both branches stochastic depth in training.
+# ---------------------------------------------------------------------------------------------------------------------
+class Upsample(nn.Sequential):
+    """conv 3×3, PixelShuffle(r), and so on: (N, c, H, W) -> (N, outputs, H·factor, W·factor), one kernel per pair."""
+    def __init__(self, *stages: tuple[int, int, int]):
+        """stages: (inputs, outputs, r) each."""
+        super().__init__(*(layer for a, b, r in stages for layer in (conv(a, r * r * b), nn.PixelShuffle(r))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(0, len(self), 2):
+            x = kernels.conv3x3_pixel_shuffle(x, self[i].weight, self[i].bias, self[i + 1].upscale_factor)
+        return x
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)                                                 # (B, C, H, W) -> (B, H, W, C), no copy
+
+
+def image(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)                                                 # and back: a channels-last image
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): with probability `rate` a sample goes without this branch. x: (B, H, W, C)."""
+    if not rate:
+        return x
+    return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= rate).to(x.dtype) / (1 - rate)
+
+
+class Transformer(Backbone):
+    """Base of SwinIR and DAT. A subclass adds its groups (`layers`) and their part of the program."""
+    drop_path = 0.1                        # of the last block in training; rises linearly from 0 (both releases)
+
+    def __init__(self, config: dict, widths, dim: int, direct: bool):
+        super().__init__(config, widths)
+        self.register_buffer("mean", torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1), persistent=False)
+        self.conv_first, self.norm = conv(3, dim), nn.LayerNorm(dim)
+        if direct:                                                               # "pixelshuffledirect": the light networks
+            self.upsample = Upsample((dim, 3, self.scale))
+        else:
+            self.conv_before_upsample = nn.Sequential(conv(dim, 64), nn.LeakyReLU(0.01))
+            self.upsample = Upsample(*([(64, 64, 3)] if self.scale == 3 else [(64, 64, 2)] * (self.scale.bit_length() - 1)))
+            self.conv_last = conv(64, 3)
+        self.float32 = ("upsample",) if direct else ("conv_last",)
+        self.dual_spec = ((self.scale, 1, 16),)
+
+    def initialise(self) -> None:
+        """Linear layers and bias tables: normal of deviation 0.02, truncated at 2; the rest is PyTorch's."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    # ---- the forward pass. state: x; skip, of the current branch; group, of the current group; first; size; drop
+    def begin(self, x: Tensor) -> dict:
+        return dict(x=x, size=x.shape[2:], skip=None, group=None, first=None, drop=self.drop_path * self.training)
+
+    def enter(self, state: dict, norm: nn.LayerNorm) -> dict:
+        first = self.conv_first((state["x"] - self.mean).to(self.conv_first.weight.dtype))
+        return {**state, "x": norm(tokens(first)), "first": first}
+
+    def leave(self, state: dict) -> dict:
+        x = self.conv_after_body(image(self.norm(state["x"]))) + state["first"]
+        if hasattr(self, "conv_last"):
+            x = self.upsample(self.conv_before_upsample(x))
+            x = self.conv_last(x.to(self.conv_last.weight.dtype))
+        else:
+            x = self.upsample(x.to(self.upsample[0].weight.dtype))
+        return {**state, "x": x + self.mean}
+
+    def finish(self, state: dict) -> SR:
+        height, width = (self.scale * n for n in state["size"])
+        return SR({self.scale: state["x"][:, :, :height, :width]})
+
+    @torch.no_grad()
+    def start_from_interpolation(self) -> None:
+        """The first three features carry the image to the upsampler, which interpolates it; all else that enters there
+        counts a tenth. (ours)"""
+        deep = [m for m in self.conv_after_body.modules() if isinstance(m, nn.Conv2d)][-1]
+        for layer in (deep, *self.upsample[::2]):
+            layer.weight.mul_(0.1)
+            layer.bias.zero_()
+        pass_on(self.conv_first)
+        if hasattr(self, "conv_last"):                      # LeakyReLU(x) − LeakyReLU(−x) = 1.01·x: carry both signs
+            pass_on(self.conv_before_upsample[0], 3)
+            self.conv_before_upsample[0].weight[3:6] = -self.conv_before_upsample[0].weight[:3]
+            self.conv_before_upsample[0].bias[3:6] = 0
+            self.conv_last.weight.mul_(0.1)
+            pass_on(self.conv_last)
+        for k, layer in enumerate(self.upsample[::2]):
+            signed = k == 0 and hasattr(self, "conv_last")
+            r = self.upsample[1].upscale_factor
+            kernel = interpolation(r) / (1.01 if signed else 1)                  # (r·r, 3, 3)
+            for colour in range(3):
+                rows = slice(colour * r * r, (colour + 1) * r * r)
+                layer.weight[rows] = 0
+                layer.weight[rows, colour] = kernel
+                if signed:
+                    layer.weight[rows, colour + 3] = -kernel
+
+
+def pass_on(layer: nn.Conv2d, colours: int = 3) -> None:
+    """Makes the first outputs of a 3×3 convolution copies of its first inputs."""
+    layer.weight[:colours], layer.bias[:colours] = 0, 0
+    for colour in range(colours):
+        layer.weight[colour, colour, 1, 1] = 1
+
+
+def interpolation(r: int) -> Tensor:
+    """(r·r, 3, 3): the parabola through three neighbours, at the r×r places of the pixels that replace the middle one."""
+    t = (torch.arange(r) + 0.5) / r - 0.5
+    taps = torch.stack((t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2), 1)         # (r, 3)
+    return torch.einsum("iy,jx->ijyx", taps, taps).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SwinIR (ICCVW 2021, arXiv 2108.10257, Fig. 2): attention within 8×8 windows, every other block with shifted ones.
+#
+#   group: 6 blocks -> conv 3×3, + input.      block: norm1, attention (qkv, windows, proj); norm2, fc1, GELU, fc2
+# ---------------------------------------------------------------------------------------------------------------------
+class WindowAttention(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int, window: int):
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5                   # of the unpruned head, also when pruned
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * window - 1) ** 2, heads), std=0.02))
+        self.qkv, self.proj = nn.Linear(dim, 3 * hidden), nn.Linear(hidden, dim)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+
+class SwinBlock(nn.Module):
+    """Two prunable widths: what attention hands to proj, and the hidden width of the MLP."""
+    window = 8
+
+    def __init__(self, dim: int, heads: int, attention: int, mlp: int, shift: int, depth: float):
+        super().__init__()
+        self.shift, self.depth = shift, depth                                    # depth: 0 in the first block, 1 in the last
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.mlp = WindowAttention(dim, heads, attention, self.window), Mlp(dim, mlp)
+
+    def to_proj(self, state: dict) -> dict:
+        attn = self.attn
+        x = kernels.window_attention(attn.qkv(self.norm1(state["x"])), attn.relative_position_bias_table, heads=attn.heads,
+                                     window=(self.window, self.window), shift=(self.shift, self.shift), scale=attn.scale)
+        return {**state, "x": x, "skip": state["x"]}
+
+    def proj_to_fc2(self, state: dict) -> dict:
+        skip = state["skip"] + drop_path(self.attn.proj(state["x"]), self.depth * state["drop"])
+        return {**state, "x": F.gelu(self.mlp.fc1(self.norm2(skip))), "skip": skip}
+
+    def from_fc2(self, state: dict) -> dict:
+        return {**state, "x": state["skip"] + drop_path(self.mlp.fc2(state["x"]), self.depth * state["drop"]), "skip": None}
+
+
+class SwinIR(Transformer):
+    """Sizes: `dim` channels, `depths` blocks in each group, `heads` heads; direct: the light upsampler."""
+    def __init__(self, arch: str, scale: int, dim: int, depths: tuple[int, ...], heads: int, direct: bool, widths=None):
+        super().__init__(dict(arch=arch, scale=scale, dim=dim, depths=depths, heads=heads, direct=direct), widths, dim, direct)
+        for name, n in self.widths.items():
+            if name.endswith("attn") and n % heads:
+                raise ValueError(f"{name} keeps {n} channels, its {heads} heads must keep the same number each: give a "
+                                 f"multiple of {heads}")
+        self.patch_embed = nn.ModuleDict(dict(norm=nn.LayerNorm(dim)))
+        self.layers, last = nn.ModuleList(), max(1, sum(depths) - 1)
+        for g, depth in enumerate(depths):
+            blocks = nn.ModuleList(
+                SwinBlock(dim, heads, self.widths[f"group{g}.block{b}.attn"], self.widths[f"group{g}.block{b}.mlp"],
+                          SwinBlock.window // 2 * (b % 2), (sum(depths[:g]) + b) / last) for b in range(depth))
+            self.layers.append(nn.ModuleDict(dict(residual_group=nn.ModuleDict(dict(blocks=blocks)), conv=conv(dim, dim))))
+        self.conv_after_body = conv(dim, dim)
+        self.initialise()
+
+    @classmethod
+    def hidden_widths(cls, dim: int, depths: tuple[int, ...], **_) -> dict[str, int]:
+        return {f"group{g}.block{b}.{part}": n for g, depth in enumerate(depths) for b in range(depth)
+                for part, n in (("attn", dim), ("mlp", 2 * dim))}
+
+    def pairs(self) -> list[Pair]:
+        heads, result = self.config["heads"], []
+        for name, width in self.widths.items():
+            g, b, part = (n.lstrip("groupblck") for n in name.split("."))
+            block = f"layers.{g}.residual_group.blocks.{b}"
+            if part == "mlp":
+                one = torch.arange(width).view(width, 1)
+                result.append(Pair(name, width, ((f"{block}.mlp.fc1", one),), ((f"{block}.mlp.fc2", one),)))
+            else:                                          # the same place in every head, of q, k and v -> of proj's input
+                of_heads = torch.arange(width).view(heads, -1).t()                             # (width of a head, heads)
+                of_qkv = torch.cat([of_heads + k * width for k in range(3)], 1)
+                result.append(Pair(name, width // heads, ((f"{block}.attn.qkv", of_qkv),),
+                                   ((f"{block}.attn.proj", of_heads),), count=heads))
+        return result
+
+    def program(self):
+        yield lambda s: {**s, "x": pad_to_multiple(s["x"], SwinBlock.window)}
+        yield partial(self.enter, norm=self.patch_embed["norm"])
+        for layer in self.layers:
+            yield lambda s: {**s, "group": s["x"]}
+            for block in layer["residual_group"]["blocks"]:
+                yield block.to_proj
+                yield CUT
+                yield block.proj_to_fc2
+                yield CUT
+                yield block.from_fc2
+            yield lambda s, conv=layer["conv"]: {**s, "x": tokens(conv(image(s["x"]))) + s["group"]}
+        yield self.leave
+
+
+def pad_to_multiple(x: Tensor, unit: int) -> Tensor:
+    """Reflects (N, 3, H, W) at its right and lower end; a side too short for that repeats its last pixel."""
+    for axis, side in ((3, x.shape[3]), (2, x.shape[2])):
+        missing = -side % unit
+        if missing:
+            pad = (0, missing, 0, 0) if axis == 3 else (0, 0, 0, missing)
+            x = F.pad(x, pad, mode="reflect" if missing < side else "replicate")
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DAT (ICCV 2023, arXiv 2308.03364, Fig. 2): blocks that look along space and blocks that look along channels take turns.
+#
+#   spatial attention:  half of the heads in 8×32 windows, half in 32×8, some blocks shifted; bias from a small MLP
+#   channel attention:  (channels × channels) per head, q and k of unit length along the tokens
+#   both:               beside attention a depthwise convolution of v; each branch gates the other (adaptive interaction)
+#   spatial-gate MLP:   fc1 -> GELU -> x1, x2;  fc2(x1 · depthwise(norm x2))
+# ---------------------------------------------------------------------------------------------------------------------
+class PositionBias(nn.Module):
+    """The bias table of one half of the heads, from a small MLP of the offsets: -> ((2h−1)(2w−1), heads)."""
+    def __init__(self, dim: int, heads: int, window: tuple[int, int]):
+        super().__init__()
+        self.window = window
+        self.pos_proj = nn.Linear(2, dim)
+        self.pos1, self.pos2, self.pos3 = (nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, outputs))
+                                           for outputs in (dim, dim, heads))
+
+    def forward(self) -> Tensor:
+        (h, w), weight = self.window, self.pos_proj.weight
+        y, x = torch.arange(1 - h, h, device=weight.device), torch.arange(1 - w, w, device=weight.device)
+        offsets = torch.cartesian_prod(y, x).to(weight.dtype)                    # ((2h−1)(2w−1), 2): Δy, Δx
+        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+
+
+class AdaptiveAttention(nn.Module):
+    """What both attentions of DAT share: qkv, the convolution of v, the two gates, proj."""
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.dwconv = nn.Sequential(nn.Conv2d(dim, dim, 3, 1, 1, groups=dim), nn.BatchNorm2d(dim), nn.GELU())
+        self.channel_interaction = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(dim, dim // 8, 1), nn.BatchNorm2d(dim // 8),
+                                                 nn.GELU(), conv(dim // 8, dim, 1))
+        self.spatial_interaction = nn.Sequential(conv(dim, dim // 16, 1), nn.BatchNorm2d(dim // 16), nn.GELU(),
+                                                 conv(dim // 16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        qkv = self.qkv(x)                                                        # (B, H, W, 3C)
+        convolved = self.dwconv(image(qkv[..., 2 * x.shape[3]:]))                # (B, C, H, W)
+        attended = image(self.attend(qkv))                                       # (B, C, H, W)
+        along_channels, along_space = self.gated(attended, convolved)            # which one each gate is made from
+        by_channel = self.channel_interaction(along_channels).sigmoid()          # (B, C, 1, 1)
+        by_place = self.spatial_interaction(along_space).sigmoid()               # (B, 1, H, W)
+        return self.proj(tokens(along_space * by_channel + along_channels * by_place))
+
+
+class AdaptiveSpatialAttention(AdaptiveAttention):
+    window = (8, 32)
+
+    def __init__(self, dim: int, heads: int, shifted: bool):
+        super().__init__(dim, heads)
+        h, w = self.window
+        self.shift, self.scale = (h // 2, w // 2) if shifted else (0, 0), (dim // heads) ** -0.5
+        self.attns = nn.ModuleList(nn.ModuleDict(dict(pos=PositionBias(dim // 2 // 4 // 4, heads // 2, window)))
+                                   for window in ((h, w), (w, h)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        table = torch.cat([half["pos"]() for half in self.attns], 1)             # (945, heads)
+        return kernels.window_attention(qkv, table, heads=self.heads, window=self.window, shift=self.shift,
+                                        scale=self.scale, crossed=True)
+
+    def gated(self, attended, convolved):
+        return convolved, attended
+
+
+class AdaptiveChannelAttention(AdaptiveAttention):
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Cosines of the channels of q with those of k, over all tokens, then a mixture of the channels of v."""
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1)  # (B, heads, d, H·W)
+        lengths = [x.float().norm(dim=3).clamp_min(1e-12).to(x.dtype) for x in (q, k)]        # (B, heads, d)
+        cosine = (q @ k.transpose(2, 3)) / (lengths[0][..., :, None] * lengths[1][..., None, :])
+        mixed = (cosine * self.temperature).softmax(-1) @ v                      # (B, heads, d, H·W)
+        return mixed.flatten(1, 2).transpose(1, 2).unflatten(1, qkv.shape[1:3])  # (B, H, W, C)
+
+    def gated(self, attended, convolved):
+        return attended, convolved
+
+
+class SpatialGate(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.norm, self.conv = nn.LayerNorm(hidden), nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+
+
+class SGFN(nn.Module):
+    """The prunable width is that of x1 and x2 alike."""
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.sg, self.fc2 = nn.Linear(dim, 2 * hidden), SpatialGate(hidden), nn.Linear(hidden, dim)
+
+
+class DATBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int, attention: AdaptiveAttention, depth: float):
+        super().__init__()
+        self.depth = depth
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.ffn = attention, SGFN(dim, hidden)
+
+    def to_fc2(self, state: dict) -> dict:
+        x = state["x"]
+        skip = x + drop_path(self.attn(self.norm1(x)), self.depth * state["drop"])
+        x1, x2 = F.gelu(self.ffn.fc1(self.norm2(skip))).chunk(2, 3)              # (B, H, W, hidden) each
+        gate = self.ffn.sg
+        return {**state, "x": x1 * tokens(gate.conv(image(gate.norm(x2)))), "skip": skip}
+
+    def from_fc2(self, state: dict) -> dict:
+        return {**state, "x": state["skip"] + drop_path(self.ffn.fc2(state["x"]), self.depth * state["drop"]), "skip": None}
+
+
+class DAT(Transformer):
+    """Sizes: `groups` of `blocks` blocks, `dim` channels, `heads` heads; the MLP is `expansion`·dim wide, half of it
+    prunable; direct: the light upsampler and the light ("3conv") convolutions after a group."""
+    def __init__(self, arch: str, scale: int, dim: int, groups: int, blocks: int, heads: int, expansion: int, direct: bool,
+                 widths=None):
+        super().__init__(dict(arch=arch, scale=scale, dim=dim, groups=groups, blocks=blocks, heads=heads,
+                              expansion=expansion, direct=direct), widths, dim, direct)
+
+        def after_group() -> nn.Module:
+            thin, slope = dim // 4, partial(nn.LeakyReLU, 0.2)
+            return nn.Sequential(conv(dim, thin), slope(), conv(thin, thin, 1), slope(), conv(thin, dim)) if direct \
+                else conv(dim, dim)
+
+        def attention(g: int, b: int) -> AdaptiveAttention:
+            if b % 2:
+                return AdaptiveChannelAttention(dim, heads)
+            return AdaptiveSpatialAttention(dim, heads, b % 4 == 0 if g % 2 else b > 0 and (b - 2) % 4 == 0)
+
+        self.before_RG = nn.Sequential(nn.Identity(), nn.LayerNorm(dim))
+        last = max(1, groups * blocks - 1)
+        self.layers = nn.ModuleList(nn.ModuleDict(dict(
+            blocks=nn.ModuleList(DATBlock(dim, heads, self.widths[f"group{g}.block{b}.ffn"], attention(g, b),
+                                          (g * blocks + b) / last) for b in range(blocks)),
+            conv=after_group())) for g in range(groups))
+        self.conv_after_body = after_group()
+        self.initialise()
+
+    @classmethod
+    def hidden_widths(cls, dim: int, groups: int, blocks: int, expansion: int, **_) -> dict[str, int]:
+        return {f"group{g}.block{b}.ffn": expansion * dim // 2 for g in range(groups) for b in range(blocks)}
+
+    def pairs(self) -> list[Pair]:
+        result = []
+        for name, width in self.widths.items():
+            g, b, _ = (n.lstrip("groupblck") for n in name.split("."))
+            ffn, one = f"layers.{g}.blocks.{b}.ffn", torch.arange(width).view(width, 1)
+            result.append(Pair(name, width, ((f"{ffn}.fc1", torch.cat((one, one + width), 1)), (f"{ffn}.sg.norm", one),
+                                             (f"{ffn}.sg.conv", one)), ((f"{ffn}.fc2", one),), norm=f"{ffn}.sg.norm"))
+        return result
+
+    def program(self):
+        yield partial(self.enter, norm=self.before_RG[1])
+        for layer in self.layers:
+            yield lambda s: {**s, "group": s["x"]}
+            for block in layer["blocks"]:
+                yield block.to_fc2
+                yield CUT
+                yield block.from_fc2
+            yield lambda s, conv=layer["conv"]: {**s, "x": tokens(conv(image(s["x"]))) + s["group"]}
+        yield self.leave
+
+    def fold(self) -> None:
+        """A convolution and the BatchNorm behind it are one linear map."""
+        for module in self.modules():
+            if isinstance(module, nn.Sequential):
+                for i in range(1, len(module)):
+                    if isinstance(module[i], nn.BatchNorm2d):
+                        module[i - 1] = nn.utils.fuse_conv_bn_eval(module[i - 1], module[i])
+                        module[i] = nn.Identity()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Presets, building, loading
 # ---------------------------------------------------------------------------------------------------------------------
 PRESETS = {                                            # arch: (class, {scale: sizes})
@@ -283,6 +691,10 @@ PRESETS = {                                            # arch: (class, {scale: s
                     8: dict(feats=8, blocks=30)}),     # 5,403,000
     "drn_l": (DRN, {4: dict(feats=20, blocks=40),      # 9,825,893
                     8: dict(feats=10, blocks=36)}),    # 10,004,018
+    "swinir": (SwinIR, dict.fromkeys((2, 3, 4, 8), dict(dim=180, depths=(6,) * 6, heads=6, direct=False))),
+    "swinir_light": (SwinIR, dict.fromkeys((2, 3, 4, 8), dict(dim=60, depths=(6,) * 4, heads=6, direct=True))),
+    "dat": (DAT, dict.fromkeys((2, 3, 4), dict(dim=180, groups=6, blocks=6, heads=6, expansion=4, direct=False))),
+    "dat_light": (DAT, dict.fromkeys((2, 3, 4), dict(dim=60, groups=1, blocks=18, heads=6, expansion=2, direct=True))),
 }
 ARCHS = tuple(PRESETS)
 

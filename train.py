@@ -257,7 +257,7 @@ def train(run: Run, args: SimpleNamespace, pictures) -> dict:
         model, steps = models.build(args.arch, args.scale), args.steps
         duals = dual.make_duals(model)
         if args.preset != "paper":
-            model.start_from_bicubic()
+            model.start_from_interpolation()
     model.to(args.device, memory_format=torch.channels_last)
     duals.to(args.device)
     loss = native_loss(model, duals)

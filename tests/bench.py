@@ -50,7 +50,7 @@ def compression(args: argparse.Namespace) -> None:
     pictures = data.generate(24, 384, (1, 2, 4), 0)
     model = models.DRN("drn_s", 4, 8, args.blocks)
     duals = dual.make_duals(model)
-    model.start_from_bicubic()
+    model.start_from_interpolation()
     fit(model, duals, pictures, args.steps, 1e-3)
     photographs = data.photographs((1, 4))
     widths = {pair.name: prune.candidates(pair.width, 0.3)[-1] for pair in model.pairs()}

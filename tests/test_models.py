@@ -92,7 +92,7 @@ def test_starts_as_bicubic():
     x = rule.image(3, 1, 12, 12)
     enlarged = torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic", align_corners=False)
     before = (model(x).images[4] - enlarged).abs().mean()
-    model.start_from_bicubic()
+    model.start_from_interpolation()
     assert (model(x).images[4] - enlarged).abs().mean() < before / 8
 
 
