@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 import data
@@ -112,20 +112,15 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
 
     Give the network of `models.build`, not its folded `models.inference` copy. Nothing is computed (meta device)."""
     twin = copy.deepcopy(model).eval().to("meta")
-    biases = 0
 
-    def add_bias(layer: nn.Conv2d, _, output: Tensor) -> None:
-        nonlocal biases
-        biases += output.numel() if layer.bias is not None else 0
+    def with_bias(x, weight, bias, stride, padding, dilation, transposed, *_, out_shape=None, **__) -> int:
+        return conv_flop_count(x, weight, out_shape, transposed) + 2 * math.prod(out_shape) * (bias is not None)
 
-    if getattr(model, "madds_count_bias", False):
-        for layer in twin.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_hook(add_bias)
-    counter = FlopCounterMode(display=False)
+    formulas = {torch.ops.aten.convolution: with_bias} if getattr(model, "madds_count_bias", False) else {}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), counter:
         twin(torch.empty(1, 3, height, width, device="meta"))
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 + biases)
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
 # ---- upscaling one picture

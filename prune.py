@@ -24,11 +24,12 @@ FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)         # of the width that the ratio
 
 
 # ---- 1 search ------------------------------------------------------------------------------------------------------
-def candidates(width: int, ratio: float) -> list[int]:
+def candidates(width: int, ratio: float, multiple: int = 4) -> list[int]:
     """The six widths a layer of `width` channels may get: (1 − ratio)·width·p for p in FRACTIONS, truncated, rounded to
     a multiple of 4 (a remainder of 2 goes down), within 4..width. The largest is the ratio itself: the search only ever
-    removes more. Equal candidates stay separate options, as in the release."""
-    return [min(max(4 * ((int(width * (1 - ratio) * p) + 1) // 4), 4), width) for p in FRACTIONS]
+    removes more. Equal candidates stay separate options, as in the release. multiple: 8 suits GPUs better (ours)."""
+    return [min(max(multiple * ((int(width * (1 - ratio) * p) + (multiple - 1) // 2) // multiple), multiple), width)
+            for p in FRACTIONS]
 
 
 def importance(model: nn.Module, pair) -> Tensor:
@@ -54,12 +55,13 @@ class Search:
     model and the parameters in `extra` (the duals of loss_fn) are trained along and are useless afterwards: hand copies.
     """
     def __init__(self, model: nn.Module, loss_fn: Callable, ratio: float, extra=(), rate: float = 1e-4, decay: float = 3e-4,
-                 clip: float = 5.0, second_order: bool = True):
+                 clip: float = 5.0, second_order: bool = True, multiple: int = 4):
         self.model, self.loss_fn, self.rate, self.decay, self.clip = model, loss_fn, rate, decay, clip
         self.second_order, self.pairs = second_order, model.pairs()
+        model.eval()                                       # all five passes see the same network: no stochastic depth
         self.weights = [*model.parameters(), *extra]
         device = self.weights[0].device
-        self.candidates = [candidates(pair.width, ratio) for pair in self.pairs]
+        self.candidates = [candidates(pair.width, ratio, multiple) for pair in self.pairs]
         self.alphas = [(1e-3 * torch.randn(len(FRACTIONS))).to(device).requires_grad_() for _ in self.pairs]
         self.alpha_optimiser = torch.optim.Adam(self.alphas, 3e-4, weight_decay=1e-3)
         self.optimiser = torch.optim.Adam(self.weights, rate)
@@ -137,8 +139,9 @@ class Search:
         """{pair name: channels to keep}: argmax α of the best held-out epoch, or the best choice within a budget."""
         scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()               # (pairs, 6)
         names = [pair.name for pair in self.pairs]
-        picks = fit_budget(scores, self.candidates, names, budget) if budget else scores.argmax(1)
-        return {name: sizes[k] for name, sizes, k in zip(names, self.candidates, picks)}
+        sizes = [[pair.count * n for n in options] for pair, options in zip(self.pairs, self.candidates)]
+        picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
+        return {name: options[k] for name, options, k in zip(names, sizes, picks)}
 
     def state_dict(self) -> dict:
         return dict(weights=[w.detach() for w in self.weights], alphas=[a.detach() for a in self.alphas], best=self.best,
@@ -180,12 +183,12 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     whose cost lies within 1 % below the limit: a knapsack, solved exactly up to the grid of `bins` costs.
     scores: (pairs, 6). ValueError when no choice of candidates costs that much or that little."""
     smallest = {name: min(options) for name, options in zip(names, sizes)}
-    floor = budget.cost(smallest)
-    unit = [budget.cost({**smallest, name: smallest[name] + 1}) - floor                         # cost of one channel
-            for name in tqdm(names, "budget", leave=False, delay=2)]
-    grid = budget.limit / bins
-    extra = [[int(np.ceil((n - smallest[name]) * u / grid)) for n in options]
-             for name, options, u in zip(names, sizes, unit)]                                  # (pairs, 6), grid steps
+    floor, grid = budget.cost(smallest), budget.limit / bins
+    extra = []                                                                                 # (pairs, 6), grid steps
+    for name, options in zip(tqdm(names, "budget", leave=False, delay=2), sizes):
+        low, high = min(options), max(options)
+        channel = (budget.cost({**smallest, name: high}) - floor) / max(1, high - low)         # cost of one channel
+        extra.append([int(np.ceil((n - low) * channel / grid)) for n in options])
     room = int((budget.limit - floor) / grid)
     most = budget.cost({name: max(options) for name, options in zip(names, sizes)})
     if room < 0 or most < 0.99 * budget.limit:
@@ -281,7 +284,7 @@ def select(model: nn.Module, calibration: list[dict[int, Tensor]], loss_fn: Call
     """Channel pruning (Section 4.2, Algorithm 2): which `widths[name]` channels each pair keeps.
 
     For each pair in order, L = Σ MSE(f_original, f) + loss_fn, f the consumers' outputs; earlier pairs are already masked
-    and tuned, later ones still dense. `model` ends masked and tuned: hand it to `cut` with the result.
+    and tuned, later ones still dense. `model` ends masked and tuned, in evaluation mode: hand it to `cut` with the result.
 
     rate       of the SGD that tunes the selected slices (native-range loss: DRN 5e-5, SwinIR 1e-4, DCLS 1e-5)
     per_round  channels taken per scoring; 1 is the paper
@@ -294,15 +297,18 @@ def select(model: nn.Module, calibration: list[dict[int, Tensor]], loss_fn: Call
     Returns {pair name: kept channels, in the order of selection}.
     """
     original = original or copy.deepcopy(model)
+    model.eval(), original.eval()                           # every pass sees the same network: no stochastic depth
     kept, steps, original_steps = dict(done or {}), model.steps(), original.steps()
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     with torch.no_grad():
-        masked = [steps[0](model.begin(y[1])) for y in calibration]              # states at the input of pair 0's consumer
-        dense = [original_steps[0](original.begin(y[1])) for y in calibration]
+        before = [model.begin(y[1]) for y in calibration]
+        dense = [original_steps[0](original.begin(y[1])) for y in calibration]   # states at the input of pair 0's consumer
 
     for i, pair in enumerate(model.pairs()):
         targets = []
+        with torch.no_grad():
+            masked = [steps[i](state) for state in before]                       # at the input of this pair's consumer
         for b, state in enumerate(dense):
             with torch.no_grad(), outputs_of(original, pair) as features:
                 dense[b] = original_steps[i + 1](state)
@@ -329,30 +335,76 @@ def select(model: nn.Module, calibration: list[dict[int, Tensor]], loss_fn: Call
 
         if pair.name not in kept:
             losses = [lambda b=b: batch_loss(b) for b in range(len(calibration))]
-            kept[pair.name], record = select_pair(model, pair, widths[pair.name], losses, rate, per_round, reuse)
+            n = widths[pair.name] // pair.count
+            kept[pair.name], record = select_pair(model, pair, n, losses, rate, per_round, reuse)
+            silence(model, pair, kept[pair.name])
             if on_pair:
                 on_pair(pair, kept, record)
         with torch.no_grad():
-            masked = [steps[i + 1](state) for state in masked]
+            before = [steps[i](state) for state in before]                       # again: silenced q and k change attention
     for p in trainable:
         p.requires_grad_()
     return kept
 
 
+@torch.no_grad()
+def silence(model, pair, kept: list[int]) -> None:
+    """Zeroes what makes the channels not kept, so that from here on the network is the one that `cut` will leave. In
+    attention this takes their part out of q kᵀ, which was active while proj's inputs were chosen. Where a LayerNorm of
+    the pair needs all channels, they stay until the cut."""
+    if pair.norm:
+        return
+    gone = sorted(set(range(pair.width)) - set(kept))
+    for layer, rows in pair.producers:
+        module, at = model.get_submodule(layer), rows[gone].flatten()
+        for tensor in (module.weight, module.bias):
+            if tensor is not None:
+                tensor[at.to(tensor.device)] = 0
+
+
 # ---- 3 cut ---------------------------------------------------------------------------------------------------------
-def cut(model: nn.Module, kept: dict[str, list[int]]) -> nn.Module:
+def cut(model: nn.Module, kept: dict[str, list[int]], calibration: list[dict[int, Tensor]] | None = None) -> nn.Module:
     """A network without the channels that are not in `kept` ({pair name: indices, any order}; a pair not named keeps
-    all). It computes what `model` computes with those channels masked, to float tolerance."""
-    state = model.state_dict()
+    all). It computes what `model` computes with those channels masked, to float tolerance; except where a LayerNorm lies
+    within a pair (DAT's MLP): with fewer channels it normalises differently, and its scale and shift are fitted again on
+    the first batch of `calibration`. Without calibration they stay as they are, which costs some dB."""
+    state, index = model.state_dict(), {}
     for pair in model.pairs():
-        index = torch.tensor(sorted(kept.get(pair.name, range(pair.width))))
+        index[pair.name] = chosen = torch.tensor(sorted(kept.get(pair.name, range(pair.width))))
         for layer, rows in pair.producers:
             for name in (f"{layer}.weight", f"{layer}.bias"):
                 if name in state:
-                    state[name] = state[name][rows[index].flatten().sort().values.to(state[name].device)]
+                    state[name] = state[name][rows[chosen].flatten().sort().values.to(state[name].device)]
         for layer, columns in pair.consumers:
             name = f"{layer}.weight"
-            state[name] = state[name][:, columns[index].flatten().sort().values.to(state[name].device)]
-    smaller = model.with_widths({name: len(order) for name, order in kept.items()}).to(next(model.parameters()))
-    smaller.load_state_dict(state)
+            state[name] = state[name][:, columns[chosen].flatten().sort().values.to(state[name].device)]
+    if calibration:
+        state |= refitted_norms(model, index, calibration[0][1])
+    smaller = model.with_widths({pair.name: pair.count * len(index[pair.name]) for pair in model.pairs()})
+    smaller.to(next(model.parameters())).load_state_dict(state)
     return smaller
+
+
+@torch.no_grad()
+def refitted_norms(model: nn.Module, index: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """{weight or bias name: new value} of the LayerNorms within pairs: by least squares, channel by channel, the kept
+    channels normalised among themselves give what the uncut network's LayerNorm gives there for the images x. (ours)"""
+    found, hooks = {}, []
+    for pair in model.pairs():
+        if pair.norm and len(index[pair.name]) < pair.width:
+            def fit(module, inputs, output, pair=pair):
+                chosen = index[pair.name].to(output.device)
+                wanted = output[..., chosen].flatten(0, -2).double()                            # (tokens, kept)
+                z = F.layer_norm(inputs[0][..., chosen].double(), (len(chosen),), eps=module.eps).flatten(0, -2)
+                mean_z, mean = z.mean(0), wanted.mean(0)
+                slope = ((z - mean_z) * (wanted - mean)).mean(0) / (z - mean_z).square().mean(0).clamp_min(1e-12)
+                found[f"{pair.norm}.weight"] = slope.to(output.dtype)
+                found[f"{pair.norm}.bias"] = (mean - slope * mean_z).to(output.dtype)
+            hooks.append(model.get_submodule(pair.norm).register_forward_hook(fit))
+    if hooks:
+        was_training = model.training
+        model.eval()(x)
+        model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -2,6 +2,7 @@
 
 `IMPL` is the one switch between them, "triton" or "torch"; `choose` sets it. Read window_attention.py next.
 """
+import importlib.util
 import os
 
 import torch
@@ -9,9 +10,7 @@ import torch
 
 def available() -> str:
     """"" where the Triton kernels can run, else the reason why not, as a sentence that can follow a colon."""
-    try:
-        import triton                                                                                 # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:       # not imported: that would take a second and fix Triton's switches
         return "Triton is not installed (pip install triton; there is none for macOS)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"                    # Triton's own switch: slow, for the tests
     return "" if torch.cuda.is_available() or interpreted else "there is no CUDA GPU"
