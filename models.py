@@ -363,11 +363,11 @@ class Transformer(Backbone):
 
     @torch.no_grad()
     def start_from_interpolation(self) -> None:
-        """The first three features carry the image to the upsampler, which interpolates it; all else that enters there
-        counts a tenth. (ours)"""
+        """The first three features carry the image to the upsampler, which interpolates it; what else enters there is
+        made small. (ours)"""
         deep = [m for m in self.conv_after_body.modules() if isinstance(m, nn.Conv2d)][-1]
-        for layer in (deep, *self.upsample[::2]):
-            layer.weight.mul_(0.1)
+        for layer, part in (deep, 0.01), *((layer, 0.1) for layer in list(self.upsample)[::2]):
+            layer.weight.mul_(part)
             layer.bias.zero_()
         pass_on(self.conv_first)
         if hasattr(self, "conv_last"):                      # LeakyReLU(x) − LeakyReLU(−x) = 1.01·x: carry both signs
@@ -376,7 +376,7 @@ class Transformer(Backbone):
             self.conv_before_upsample[0].bias[3:6] = 0
             self.conv_last.weight.mul_(0.1)
             pass_on(self.conv_last)
-        for k, layer in enumerate(self.upsample[::2]):
+        for k, layer in enumerate(list(self.upsample)[::2]):
             signed = k == 0 and hasattr(self, "conv_last")
             r = self.upsample[1].upscale_factor
             kernel = interpolation(r) / (1.01 if signed else 1)                  # (r·r, 3, 3)

@@ -29,11 +29,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 import dual
 import evaluate
+import kernels
 import models
 import prune
 
@@ -54,9 +56,24 @@ PRESETS = {
         select_patch=192, select_batch=16, select_batches=10, per_round=1, reuse=False,
         tune_steps=1_000_000, tune_rate=1e-4),
 }
+COMMON = dict(                         # of all presets, for DRN; what the other networks have otherwise follows
+    betas=(0.9, 0.999), milestones=(), # of the steps, where the rate is halved; none: cosine
+    ema=0.0,                           # moving average of the weights, 0: none
+    drop_path=0.0,                     # stochastic depth of the last block in training
+    search_decay=3e-4, search_clip=5.0, select_rate=5e-5)
+SWINIR = dict(search_decay=0.0, select_rate=1e-4)
+SWINIR_PAPER = dict(patch=256, steps=500_000, rate=2e-4, milestones=(0.5, 0.8, 0.9, 0.95), warmup=0.008, ema=0.999,
+                    drop_path=0.1, search_patch=256, search_rate=2e-4, select_patch=256, tune_steps=500_000, tune_rate=2e-4)
+OWN = {                                # first word of the arch, preset: what differs
+    ("swinir", "quick"): dict(SWINIR, clip=1.0, per_round=8),
+    ("swinir", "default"): dict(SWINIR, clip=1.0, ema=0.999),
+    ("swinir", "paper"): dict(SWINIR, **SWINIR_PAPER),
+    ("dat", "quick"): dict(SWINIR, clip=1.0, patch=128, batch=2, search_patch=128, select_patch=128),   # LR 32: one long window
+    ("dat", "default"): dict(SWINIR, clip=1.0, ema=0.999),
+    ("dat", "paper"): dict(SWINIR, **{**SWINIR_PAPER, "ema": 0.0, "betas": (0.9, 0.99)}),
+}
 DUAL_WEIGHT = 0.1                      # λ of L_DR (DRN, Section 3.1)
-DISTILL_WEIGHT = 1.0                   # of the feature term in fine-tuning (release)
-SELECT_RATE = 5e-5                     # SGD on the selected slices (release, DRN)
+DISTILL_WEIGHT = 1.0                   # of the distance to the teacher in fine-tuning (release)
 CALIBRATION_PICTURES = 160             # selection looks at the first 160 pictures (DIV2K 1 to 160 in the release)
 SAVE_SECONDS = 20                      # at most this much work is lost to kill -9
 
@@ -186,26 +203,42 @@ def to_device(batches, device: torch.device):
 
 
 # ---- 2 primal and dual training, 5 fine-tuning -----------------------------------------------------------------------
-def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, steps: int, rate: float, loss_of) -> None:
-    """Minimises loss_of(y) over the parameters of model and duals that require gradients: Adam, linear warm-up, cosine."""
+def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, steps: int, rate: float, loss_of) -> nn.Module:
+    """Minimises loss_of(y) over the parameters of model and duals that require gradients, by Adam. Returns the model, or
+    the moving average of its weights where the preset asks for one."""
     weights = [p for p in (*model.parameters(), *duals.parameters()) if p.requires_grad]
-    optimiser = torch.optim.Adam(weights, rate)
-    warm = max(1, int(args.warmup * steps))
+    optimiser = torch.optim.Adam(weights, rate, args.betas)
+    parts = dict(model=model, duals=duals, optimiser=optimiser)
+    if args.ema:
+        parts["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
 
     def one_step(k: int, y: dict) -> float:
-        cosine = (1 + math.cos(math.pi * max(0, k - warm) / max(1, steps - warm))) / 2
-        optimiser.param_groups[0]["lr"] = min((k + 1) / warm, 1) * (args.floor + (rate - args.floor) * cosine)
+        optimiser.param_groups[0]["lr"] = scheduled(args, rate, k, steps)
         loss = loss_of(y)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, args.clip)
         optimiser.step()
+        if args.ema:
+            parts["ema"].update_parameters(model)
         return loss.item()
 
     def batches(start: int):
         return to_device(data.batches(pictures, args.patch, args.batch, args.seed, start), args.device)
 
-    run.repeat(stage, steps, one_step, batches, dict(model=model, duals=duals, optimiser=optimiser))
+    run.repeat(stage, steps, one_step, batches, parts)
+    return parts["ema"].module if args.ema else model
+
+
+def scheduled(args: SimpleNamespace, rate: float, k: int, steps: int) -> float:
+    """The learning rate of step k: linear warm-up, then halved at the milestones, or a cosine down to the floor."""
+    warm = max(1, int(args.warmup * steps))
+    if args.milestones:
+        rate = rate * 0.5 ** sum(k >= part * steps for part in args.milestones)
+    else:
+        cosine = (1 + math.cos(math.pi * max(0, k - warm) / max(1, steps - warm))) / 2
+        rate = args.floor + (rate - args.floor) * cosine
+    return min((k + 1) / warm, 1) * rate
 
 
 def checkpoint(model, duals) -> dict:
@@ -252,21 +285,23 @@ def train(run: Run, args: SimpleNamespace, pictures) -> dict:
     if args.pretrained:
         model, duals, complete = pretrained(args)
         model.requires_grad_(args.continue_training)
+        model.train(args.continue_training)
         steps = args.steps if args.continue_training else 0 if complete else args.dual_steps
     else:
         model, steps = models.build(args.arch, args.scale), args.steps
         duals = dual.make_duals(model)
         if args.preset != "paper":
             model.start_from_interpolation()
+    model.drop_path = args.drop_path
     model.to(args.device, memory_format=torch.channels_last)
     duals.to(args.device)
     loss = native_loss(model, duals)
-    fit(run, "train", args, pictures, model, duals, steps, args.rate, lambda y: loss(model(y[1]), y))
+    model = fit(run, "train", args, pictures, model, duals, steps, args.rate, lambda y: loss(model(y[1]), y))
     return run.finish("train", checkpoint(model, duals), started, steps=steps)
 
 
 def tune(run: Run, args: SimpleNamespace, pictures, student_state: dict, teacher_state: dict) -> dict:
-    """Stage 5: L_DR plus the distance of the student's last features to the teacher's (DRC Section 4.3, release)."""
+    """Stage 5: L_DR plus the distance of the student to the teacher (DRC Section 4.3, release)."""
     started = time.monotonic()
     torch.manual_seed(args.seed)
     model, duals = restore(student_state)
@@ -274,24 +309,36 @@ def tune(run: Run, args: SimpleNamespace, pictures, student_state: dict, teacher
     teacher.eval().requires_grad_(False)
     for module in (model, teacher):
         module.to(args.device, memory_format=torch.channels_last)
+    for module in model.modules():                       # the statistics of training are better than those of few patches
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model.drop_path = args.drop_path
     loss = native_loss(model, duals.to(args.device))
+
+    def loss_of(y: dict):
+        out = model(y[1])
+        return loss(out, y) + DISTILL_WEIGHT * distance(y[1], out)
+
     with distillation(model, teacher) as distance:
-        fit(run, "tune", args, pictures, model, duals, args.tune_steps, args.tune_rate,
-            lambda y: loss(model(y[1]), y) + DISTILL_WEIGHT * distance(y[1]))
+        model = fit(run, "tune", args, pictures, model, duals, args.tune_steps, args.tune_rate, loss_of)
     return run.finish("tune", checkpoint(model, duals), started, steps=args.tune_steps)
 
 
 @contextmanager
 def distillation(student, teacher):
-    """A function x -> distance of the student's last features, of its forward pass just done, to the teacher's for x."""
+    """A function (x, student's output for x, just made) -> its distance to the teacher's, in the native range: of the
+    last features where the backbone names them (DRN), else L1 of the images (SwinIR in the release; DAT, DCLS: ours)."""
     features = {}
     hooks = [network.get_submodule(network.feature).register_forward_pre_hook(
-        lambda module, inputs, who=who: features.update({who: inputs[0]})) for who, network in (("s", student), ("t", teacher))]
+        lambda module, inputs, who=who: features.update({who: inputs[0]}))
+        for who, network in (("student", student), ("teacher", teacher)) if student.feature]
 
-    def distance(x):
+    def distance(x, out):
         with torch.no_grad():
-            teacher(x)
-        return dual.distill_loss(features["s"], features["t"])
+            wanted = teacher(x)
+        if student.feature:
+            return dual.distill_loss(features["student"], features["teacher"])
+        return student.rgb_range * nn.functional.l1_loss(out.images[student.scale], wanted.images[student.scale])
 
     try:
         yield distance
@@ -313,7 +360,7 @@ def find_widths(run: Run, args: SimpleNamespace, pictures, state: dict) -> dict:
     model, duals = restore(state)
     model.to(args.device, memory_format=torch.channels_last)
     searcher = prune.Search(model, native_loss(model, duals.to(args.device)), args.prune, duals.parameters(),
-                            args.search_rate, second_order=not args.first_order)
+                            args.search_rate, args.search_decay, args.search_clip, not args.first_order, args.round)
     half, rest = split(len(pictures))
 
     def batches(part, start: int = 0):
@@ -395,9 +442,9 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
             if stopped:
                 raise KeyboardInterrupt
 
-        kept = prune.select(model, calibration, native_loss(model, duals), widths, rate=SELECT_RATE, per_round=args.per_round,
-                            reuse=args.reuse, original=original, done=selection.kept, on_pair=on_pair)
-    smaller = prune.cut(model, kept)
+        kept = prune.select(model, calibration, native_loss(model, duals), widths, rate=args.select_rate,
+                            per_round=args.per_round, reuse=args.reuse, original=original, done=selection.kept, on_pair=on_pair)
+    smaller = prune.cut(model, kept, calibration)
     return run.finish("select", {**checkpoint(smaller, duals), "kept": kept}, started)
 
 
@@ -519,11 +566,13 @@ def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     add = parser.add_argument_group("compression").add_argument
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True, help="search without the second-order term: 3 passes, not 5")
+    add("--round", type=int, choices=(4, 8), default=4, help="widths are multiples of this; 8 suits GPUs (default 4, the paper)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher, metavar="ARCH:FILE", help="distil from this network (default: the unpruned one)")
     add = parser.add_argument_group("run").add_argument
     add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
     add("--seed", type=number(int, 0), default=0, help="of weights, pictures and patches")
+    add("--kernels", choices=("torch", "triton"), help="default: triton where there is a GPU and Triton")
     add("--device", type=evaluate.usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return settle(parser, parser.parse_args(argv))
 
@@ -537,7 +586,8 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
         parser.error(f"--scale: {error}")
     gpu = given.device.type == "cuda"
     chosen = given.preset or ("default" if gpu else "quick")
-    args = SimpleNamespace(**{**PRESETS[chosen], **{k: v for k, v in vars(given).items() if v is not None}})
+    own = OWN.get((given.arch.partition("_")[0], chosen), {})
+    args = SimpleNamespace(**{**COMMON, **PRESETS[chosen], **own, **{k: v for k, v in vars(given).items() if v is not None}})
     for name, value in vars(given).items():
         vars(args).setdefault(name, value)
     args.why = "given" if given.preset else "chosen, for there is a GPU" if gpu else \
@@ -547,6 +597,9 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
         for name, asked in (("patch", given.patch), ("batch", given.batch)):
             if asked:
                 vars(args)[f"{stage}_{name}"] = min(vars(args)[f"{stage}_{name}"], asked)
+    for name in ("patch", "search_patch", "select_patch"):
+        if getattr(given, name, None) is None:           # a preset's, for every scale
+            vars(args)[name] -= vars(args)[name] % args.scale
     if args.budget and not args.prune:
         args.prune = prune.budget_ratio(args.budget[1])
     problems = {
@@ -565,14 +618,15 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
 
 def main() -> None:
     args = parse_args()
-    hidden = ("fail", "why", "run", "memory", "device")            # what does not change the result
+    using = kernels.choose(args.kernels)
+    hidden = ("fail", "why", "run", "memory", "device", "kernels")            # what does not change the result
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in hidden}
     try:
         run = Run(args.run, config)
     except WrongUsage as error:
         args.fail(str(error))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.arch} x{args.scale} on {device}, preset {args.preset} ({args.why}), run folder {args.run}")
+    print(f"{args.arch} x{args.scale} on {device}, preset {args.preset} ({args.why}), {using}, run folder {args.run}")
 
     # ---- 1 data
     with torch.device("meta"):
@@ -592,6 +646,8 @@ def main() -> None:
 
         # ---- 4 select which ones, then cut
         cut = run.read("select.pt") or select_and_cut(run, args, pictures, dense, widths)
+
+        states["cut"] = cut
 
         # ---- 5 fine-tuning with distillation
         states["pruned"] = run.read("tune.pt") or tune(run, args, pictures, cut, dense)

@@ -1,6 +1,7 @@
 """Benchmarks that need no GPU. Each compares its candidates in one run on one machine; absolute times are only that run's.
 
     python tests/bench.py compression                                   # what each way to select channels costs and gives
+    python tests/bench.py deconvolution                                 # DCLS: one real transform, or a loop over channels
     python tests/bench.py inference --weights runs/drn_s_x4_p30/train.pt --data DIR    # float32, folded, bfloat16
 """
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,7 +34,8 @@ def fit(model, duals, pictures, steps: int, rate: float, teacher=None, patch: in
     loss = train.native_loss(model, duals)
     with train.distillation(model, teacher or model) as distance:
         for y in islice(data.batches(pictures, patch, batch, 0), steps):
-            total = loss(model(y[1]), y) + (distance(y[1]) if teacher else 0)
+            out = model(y[1])
+            total = loss(out, y) + (distance(y[1], out) if teacher else 0)
             optimiser.zero_grad()
             total.backward()
             nn.utils.clip_grad_norm_(weights, 20)
@@ -69,7 +72,7 @@ def compression(args: argparse.Namespace) -> None:
         if settings is None:
             kept = {pair.name: prune.importance(model, pair).topk(widths[pair.name]).indices.tolist() for pair in model.pairs()}
         else:
-            kept = prune.select(masked, calibration, train.native_loss(masked, frozen), widths, rate=train.SELECT_RATE, **settings)
+            kept = prune.select(masked, calibration, train.native_loss(masked, frozen), widths, rate=train.COMMON["select_rate"], **settings)
         seconds = time.perf_counter() - start
         small, student = prune.cut(masked, kept), copy.deepcopy(duals)
         before = psnr(small, photographs)
@@ -122,6 +125,61 @@ def inference(args: argparse.Namespace) -> None:
         print(f"{name:24} {np.median(times[name][1:]):9.3f} {ratio:6.2f} {np.mean([r.psnr for r in row]):8.3f} {worst:>25}")
 
 
+def channel_by_channel(x, kernel, prior):
+    """models.deconvolve as the release computes it: full complex transforms, of the kernel too, for every channel."""
+    k, (height, width) = kernel.shape[-1], x.shape[2:]
+    x = nn.functional.pad(x, (k, k, k, k), "replicate")
+
+    def otf(f):                                            # f's centre at the origin, the rest wrapped around it
+        canvas = x.new_zeros(len(x), 1, *x.shape[2:])
+        canvas[..., :f.shape[-1], :f.shape[-1]] = f
+        return torch.fft.fft2(canvas.roll((-(f.shape[-1] // 2),) * 2, (2, 3)))
+
+    channels = []
+    for i in range(x.shape[1]):
+        blur, penalty = otf(kernel), otf(prior[:, i:i + 1])
+        z = torch.fft.ifft2(blur.conj() * torch.fft.fft2(x[:, i:i + 1]) / (blur.abs() ** 2 + penalty.abs() ** 2)).real
+        channels.append(z[..., k:k + height, k:k + width])
+    return torch.cat(channels, 1)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what computes or copies: on a GPU at least that many launches. Views are free."""
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and "empty" not in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def deconvolution(args: argparse.Namespace) -> None:
+    """Both ways on the same features, interleaved; and what separates them in float64."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = data.blind_kernels(1, 31, generator)
+    x, prior = torch.rand(1, 16, args.size, args.size, generator=generator), torch.rand(1, 16, 3, 3, generator=generator)
+    prior = prior - prior.mean((2, 3), keepdim=True)
+    ways = {"channel by channel": channel_by_channel, "one transform": models.deconvolve}
+    times, counts = {name: [] for name in ways}, {}
+    for name, function in ways.items():
+        with CountOperations() as counted:
+            function(x, kernel, prior)
+        counts[name] = counted.count
+    for _ in range(args.repeat):
+        for name, function in ways.items():
+            start = time.perf_counter()
+            function(x, kernel, prior)
+            times[name].append(time.perf_counter() - start)
+    slow, fast = (np.array(each) for each in times.values())
+    a, b = (function(x.double(), kernel.double(), prior.double()) for function in ways.values())
+    print(f"LR {args.size}x{args.size}, 16 channels, kernel 31x31, float32, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; float64: largest difference {(a - b).abs().max() / a.std():.1e} of the deviation")
+    for name, each in times.items():
+        print(f"{name:20} {1e3 * np.median(each):8.2f} ms {counts[name]:5} operations")
+    print(f"{np.median(slow / fast):.1f} times as fast")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -136,6 +194,10 @@ def main() -> None:
     add.add_argument("--data")
     add.add_argument("--repeat", type=int, default=7)
     add.set_defaults(run=inference)
+    add = commands.add_parser("deconvolution")
+    add.add_argument("--size", type=int, default=96)
+    add.add_argument("--repeat", type=int, default=30)
+    add.set_defaults(run=deconvolution)
     args = parser.parse_args()
     evaluate.run(lambda: args.run(args))
 

@@ -33,9 +33,10 @@ def difference(tensor: torch.Tensor, summary: dict) -> float:
     return float(np.abs(flat[summary["index"]] - summary["value"]).max() / summary["std"])
 
 
-def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """The deterministic weights of the golden numbers."""
-    module.load_state_dict(rule.fill(module.state_dict()))
+def fill(module: torch.nn.Module, prefix: str = "", gain: float = 0.7) -> torch.nn.Module:
+    """The deterministic weights of the golden numbers; prefix: what released files put before the module's names."""
+    named = rule.fill({prefix + name: tensor for name, tensor in module.state_dict().items()}, gain)
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in named.items()})
     return module
 
 
@@ -45,14 +46,26 @@ def tiny_drn(blocks: int = 1, feats: int = 8, scale: int = 4):
     return model, fill(dual.make_duals(model))
 
 
+def tiny_swinir(scale: int = 4, depths=(2, 2), widths=None):
+    """SwinIR with 2 heads of 6 channels, and its duals, with the golden weights."""
+    model = fill(models.SwinIR("swinir_light", scale, 12, depths, 2, True, widths)).eval()
+    return model, fill(dual.make_duals(model))
+
+
+def tiny_dat(scale: int = 4, widths=None):
+    """DAT with 4 blocks (shifted spatial attention in the third), and its duals, with the golden weights."""
+    model = fill(models.DAT("dat_light", scale, 32, 1, 4, 4, 2, True, widths)).eval()
+    return model, fill(dual.make_duals(model))
+
+
 def pooled_batch(seed: int, n: int, low: int, scale: int = 4) -> dict:
     """The batches of the golden pruning numbers: {scale: images}, the smaller ones by average pooling."""
     high = rule.image(seed, n, low * scale, low * scale)
     return {s: F.avg_pool2d(high, scale // s) for s in (1, 2, 4, 8) if s <= scale}
 
 
-def native_loss(duals):
-    return lambda out, y: 255 * dual.dr_loss(out.images, y, duals)
+def native_loss(duals, rgb_range: float = 255):
+    return lambda out, y: rgb_range * dual.dr_loss(out.images, y, duals)
 
 
 def run_command(module, monkeypatch, capsys, *arguments):

@@ -4,8 +4,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import difference, golden, native_loss, pooled_batch, rule, tiny_drn
+from conftest import difference, golden, native_loss, pooled_batch, rule, tiny_dat, tiny_drn, tiny_swinir
 
+import evaluate
 import prune
 
 PRUNE, SEARCH = golden("prune_drn"), golden("search_drn")
@@ -17,6 +18,8 @@ def test_candidates_are_the_papers():
     assert prune.candidates(10, 0.3) == [4, 4, 4, 4, 4, 8]
     assert prune.candidates(3, 0.9) == [3] * 6
     assert prune.candidates(64, 0.0) == [32, 36, 44, 52, 56, 64]           # 38 lies between 36 and 40: it goes down
+    assert prune.candidates(64, 0.3, 8) == [24, 24, 32, 32, 40, 40]         # 44: it goes down
+    assert prune.candidates(24, 0.0, 8) == [8, 16, 16, 16, 24, 24]         # 12: it goes down
     for width, ratio in ((16, 0.3), (32, 0.5), (64, 0.7), (180, 0.45)):
         for p, n in zip(prune.FRACTIONS, prune.candidates(width, ratio)):
             whole = int(width * (1 - ratio) * p)
@@ -215,3 +218,81 @@ def test_cut_of_everything_kept_is_the_network_itself():
     assert torch.equal(prune.cut(model, {})(x).images[4], model(x).images[4])
     order = list(range(model.pairs()[3].width))[::-1]
     assert torch.equal(prune.cut(model, {model.pairs()[3].name: order})(x).images[4], model(x).images[4])
+
+
+# ---- transformers
+def transformer_selection(tiny, **settings):
+    model, duals = tiny()
+    calibration = [pooled_batch(k, 2, 10) for k in range(2)]
+    widths = {pair.name: pair.count * (pair.width // 2) for pair in model.pairs()}
+    kept = prune.select(model, calibration, native_loss(duals.requires_grad_(False), 1), widths, rate=1e-4, per_round=8, **settings)
+    return model, kept, calibration
+
+
+@pytest.mark.parametrize("tiny", [tiny_swinir, tiny_dat])
+def test_caching_changes_nothing_for_transformers(tiny):
+    (a, kept_a, _), (b, kept_b, _) = (transformer_selection(tiny, cache=cache) for cache in (True, False))
+    assert kept_a == kept_b and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_attention_is_cut_equally_in_all_heads_and_cutting_is_masking():
+    model, kept, calibration = transformer_selection(tiny_swinir)
+    smaller = prune.cut(model, kept, calibration).eval()
+    assert smaller.widths["group0.block1.attn"] == 6 and smaller.layers[0].residual_group.blocks[1].attn.qkv.out_features == 18
+    assert smaller.layers[0].residual_group.blocks[1].attn.scale == 6 ** -0.5             # of the unpruned head
+    x = rule.image(7, 1, 13, 9)
+    assert torch.allclose(smaller(x).images[4], model(x).images[4], atol=2e-6)
+    order = sorted(kept["group0.block0.attn"])
+    old, new = (m.layers[0].residual_group.blocks[0].attn for m in (model, smaller))
+    for part in range(3):
+        for head in range(2):
+            assert torch.equal(new.qkv.weight[part * 6 + head * 3:][:3], old.qkv.weight[part * 12 + head * 6:][order])
+    assert torch.equal(new.proj.weight[:, 3:], old.proj.weight[:, [6 + j for j in order]])
+
+
+def test_channels_of_attention_are_scored_over_all_heads():
+    model, _ = tiny_swinir()
+    pair = model.pairs()[0]
+    weight = model.layers[0].residual_group.blocks[0].attn.proj.weight                     # (12, 2 heads of 6)
+    both = weight.abs().sum(0).view(2, 6).sum(0)
+    assert torch.allclose(prune.importance(model, pair), both)
+    assert torch.allclose(prune.channel_scores([weight], pair), both)
+
+
+def test_cutting_the_gated_mlp_refits_its_norm():
+    model, kept, calibration = transformer_selection(tiny_dat)
+    gate = model.layers[0].blocks[0].ffn.sg.norm
+    seen = []
+    hook = gate.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model(calibration[0][1])
+    hook.remove()
+    smaller = prune.cut(model, kept, calibration)
+    chosen = sorted(kept["group0.block0.ffn"])
+    z = torch.nn.functional.layer_norm(seen[0][0][..., chosen], (16,)).flatten(0, 2).double().detach().numpy()
+    wanted = seen[0][1][..., chosen].flatten(0, 2).double().detach().numpy()
+    norm = smaller.layers[0].blocks[0].ffn.sg.norm
+    for j in range(16):                                                                     # an independent least squares
+        (slope, shift), *_ = np.linalg.lstsq(np.stack((z[:, j], np.ones(len(z))), 1), wanted[:, j], rcond=None)
+        assert (norm.weight[j].item(), norm.bias[j].item()) == pytest.approx((slope, shift), rel=1e-4, abs=1e-5)
+    x = rule.image(7, 1, 12, 12)
+    error = [(prune.cut(model, kept, batches).eval()(x).images[4] - model(x).images[4]).square().mean()
+             for batches in (None, calibration)]
+    assert error[1] < error[0]
+    assert torch.allclose(prune.cut(model, {}, calibration).eval()(x).images[4], model(x).images[4])   # nothing cut: no refit
+
+
+@pytest.mark.parametrize("tiny", [tiny_swinir, tiny_dat])
+def test_search_and_budget_of_transformers(tiny):
+    model, duals = tiny()
+    batches = [pooled_batch(k, 1, 8) for k in range(3)]
+
+    def cost(widths) -> int:
+        with torch.device("meta"):
+            return evaluate.count(model.with_widths(widths), 8, 8).params
+
+    ends = [cost({pair.name: pair.count * pick(prune.candidates(pair.width, 0.1)) for pair in model.pairs()}) for pick in (min, max)]
+    limit = sum(ends) / 2
+    widths = prune.search(model, iter(batches), iter(batches), batches[:1], native_loss(duals, 1), 0.1, 1,
+                          budget=prune.Budget(cost, limit))
+    assert 0.99 * limit <= cost(widths) <= limit
+    assert all(n // pair.count in prune.candidates(pair.width, 0.1) for n, pair in zip(widths.values(), model.pairs()))

@@ -101,7 +101,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert {"train.pt", "search.pt", "select.pt", "tune.pt", "log.jsonl", "channels.json", "report.json", "comparison.png"} <= names
     assert "progress.pt" not in names and not [n for n in names if n.endswith(".tmp")]
     table = json.loads((run / "report.json").read_text())
-    assert list(table) == ["bicubic", "dense", "pruned"] and all(name in output for name in table)
+    assert list(table) == ["bicubic", "dense", "cut", "pruned"] and all(name in output for name in table)
     dense, pruned = evaluate.load_model(run / "train.pt"), evaluate.load_model(run / "tune.pt")
     assert (table["pruned"]["params"], table["pruned"]["madds"]) == evaluate.count(pruned, 96, 96)
     assert table["pruned"]["params"] < 0.75 * table["dense"]["params"]
