@@ -191,6 +191,90 @@ def test_flags_can_be_corrected_before_any_work_is_done(bad, folder, monkeypatch
         assert code == expected
 
 
+TRANSFORMERS = {"swinir_tiny": (models.SwinIR, dict(dim=12, depths=(2,), heads=2, direct=True)),
+                "dat_tiny": (models.DAT, dict(dim=32, groups=1, blocks=2, heads=2, expansion=2, direct=True))}
+
+
+@pytest.mark.parametrize("arch", TRANSFORMERS)
+def test_transformers_go_through_all_stages_and_continue(arch, folder, monkeypatch, capsys, tmp_path):
+    """With a moving average and stochastic depth, stopped in training and again in fine-tuning."""
+    cls, sizes = TRANSFORMERS[arch]
+    monkeypatch.setitem(models.PRESETS, arch, (cls, {2: sizes}))
+    monkeypatch.setattr(models, "ARCHS", (*models.ARCHS, arch))
+    own = train.OWN[arch.partition("_")[0], "quick"]
+    for name, value in dict(ema=0.9, drop_path=0.5, search_patch=32, select_patch=32).items():
+        monkeypatch.setitem(own, name, value)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    base = f"--arch {arch} --scale 2 --prune 0.3 --pictures 4 --patch 32 --batch 2 --steps 5 --search-steps 2 --tune-steps 4 " \
+           f"--device cpu --test {folder}".split()
+    code, output, errors = call(monkeypatch, capsys, *base, "--run", tmp_path / "whole")
+    assert code == 0, errors
+    step, calls = torch.optim.Adam.step, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) in (3, 12):                         # 5 + 1 again, 2·2 in the search: the 12th is in fine-tuning
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.Adam, "step", interrupted)
+        codes = [call(patched, capsys, *base, "--run", tmp_path / "stopped")[0] for _ in range(3)]
+    assert codes == [130, 130, 0]
+    for stage in ("train", "search", "select", "tune"):
+        assert same(weights(tmp_path / "whole", stage), weights(tmp_path / "stopped", stage)), stage
+    assert not same(weights(tmp_path / "whole", "select")["model"], weights(tmp_path / "whole", "tune")["model"])
+    model = evaluate.load_model(tmp_path / "whole" / "tune.pt")
+    assert evaluate.count(model, 32, 32).params < 0.95 * evaluate.count(evaluate.load_model(tmp_path / "whole" / "train.pt"), 32, 32).params
+
+
+def test_averaged_weights_are_what_is_kept(folder, monkeypatch, capsys, tmp_path):
+    """ema 0.5 over two steps is the mean of the weights after each of them."""
+    seen = []
+
+    class Spy(train.AveragedModel):
+        def update_parameters(self, model):
+            seen.append([p.detach().clone() for p in model.parameters()])
+            super().update_parameters(model)
+
+    monkeypatch.setattr(train, "AveragedModel", Spy)
+    monkeypatch.setitem(train.COMMON, "ema", 0.5)
+    code, *_ = call(monkeypatch, capsys, *"--arch tiny --steps 2 --patch 32 --batch 1 --pictures 2 --device cpu".split(),
+                    "--test", folder, "--run", tmp_path)
+    kept = evaluate.load_model(tmp_path / "train.pt").parameters()
+    assert code == 0 and len(seen) == 2
+    assert all(torch.allclose(k, (a + b) / 2, atol=1e-7) for k, a, b in zip(kept, *seen))
+
+
+def test_distance_to_the_teacher():
+    """DRN: between the channel means of the last features; the others: L1 of the images; both in the native range."""
+    from conftest import tiny_drn, tiny_swinir
+    for tiny, native in ((tiny_swinir, 1), (tiny_drn, 255)):
+        (student, _), (teacher, _), x = tiny(), tiny(), torch.rand(1, 3, 8, 8)
+        with torch.no_grad():
+            next(teacher.parameters()).mul_(0.9)
+        with train.distillation(student, teacher) as distance:
+            out = student(x)
+            found = distance(x, out)
+        if native == 1:
+            expected = (out.images[4] - teacher(x).images[4]).abs().mean()
+        else:
+            seen = []
+            for network in (student, teacher):
+                hook = network.tail[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean(1)))
+                network(x)
+                hook.remove()
+            expected = (seen[0] - seen[1]).square().mean()
+        assert found > 0 and torch.allclose(found, expected)
+
+
+def test_learning_rate():
+    args = train.SimpleNamespace(warmup=0.1, milestones=(), floor=0.0)
+    assert [train.scheduled(args, 1.0, k, 100) for k in (0, 9, 10, 55, 100)] == pytest.approx([0.1, 1, 1, 0.5, 0])
+    args.milestones = (0.5, 0.8)
+    assert [train.scheduled(args, 1.0, k, 100) for k in (0, 49, 50, 80)] == pytest.approx([0.1, 1, 0.5, 0.25])
+
+
 # ---- weights from elsewhere
 def save_official(tmp_path, arch="tiny"):
     model = models.build(arch)
@@ -265,6 +349,8 @@ WRONG = [
     ("--arch drn_s --teacher drn_l", 2, "'drn_l' is not ARCH:FILE"),
     ("--arch drn_s --preset paper", 2, "--preset paper needs --data DIR"),
     ("--arch drn_s --channels c.txt", 2, "belong to --pretrained FILE"),
+    ("--arch drn_s --round 6", 2, "--round: invalid choice: 6"),
+    ("--arch drn_s --kernels triton", 1, "kernels triton cannot run here"),
     ("--arch drn_s --data missing", 1, "missing is missing: give a folder"),
     ("--arch drn_s --data {empty}", 1, "holds no picture"),
     ("--arch tiny --data {broken}", 1, "cannot read {broken}/a.png as a picture"),
@@ -334,6 +420,14 @@ def test_the_paper_preset_is_the_papers():
     assert (paper["select_patch"], paper["select_batch"], paper["select_batches"], paper["per_round"]) == (192, 16, 10, 1)
     assert not paper["reuse"] and not paper["first_order"]
     assert all(preset.keys() == paper.keys() for preset in train.PRESETS.values())
+    known = {*paper, *train.COMMON}
+    assert all(own.keys() <= known for own in train.OWN.values())
+    swinir, dat = ({**train.COMMON, **paper, **train.OWN[arch, "paper"]} for arch in ("swinir", "dat"))
+    for network in (swinir, dat):
+        assert (network["patch"], network["batch"], network["steps"], network["rate"]) == (256, 32, 500_000, 2e-4)
+        assert [part * 500_000 for part in network["milestones"]] == [250_000, 400_000, 450_000, 475_000]
+        assert network["warmup"] * 500_000 == 4_000 and network["search_decay"] == 0 and network["drop_path"] == 0.1
+    assert (swinir["ema"], dat["ema"], swinir["betas"], dat["betas"]) == (0.999, 0, (0.9, 0.999), (0.9, 0.99))
 
 
 def test_quick_is_chosen_and_said_without_a_gpu(finished):
