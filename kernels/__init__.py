@@ -1,6 +1,10 @@
-"""The performance-critical operations: one file each, with the formula, a plain reference and the fast paths.
+"""The performance-critical operations, each for any device in PyTorch and for NVIDIA GPUs in Triton.
 
-`IMPL` is the one switch between them, "triton" or "torch"; `choose` sets it. Read window_attention.py next.
+    window_attention.py, pixel_shuffle.py    formula, reference, PyTorch path, the operation and its gradient
+    triton_*.py                              the Triton kernels, their configurations and launches; imported when used
+    compile.py, bench.py                     commands: compile them without a GPU; measure them against PyTorch
+
+`IMPL` is the one switch, "triton" or "torch"; `choose` sets it and says why. Read window_attention.py next.
 """
 import importlib.util
 import os
@@ -10,9 +14,9 @@ import torch
 
 def available() -> str:
     """"" where the Triton kernels can run, else the reason why not, as a sentence that can follow a colon."""
-    if importlib.util.find_spec("triton") is None:       # not imported: that would take a second and fix Triton's switches
+    if importlib.util.find_spec("triton") is None:             # not imported: that takes time and fixes its switches
         return "Triton is not installed (pip install triton; there is none for macOS)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"                    # Triton's own switch: slow, for the tests
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"                   # Triton's own switch: slow, for the tests
     return "" if torch.cuda.is_available() or interpreted else "there is no CUDA GPU"
 
 
@@ -31,6 +35,11 @@ def choose(name: str | None = None) -> str:
         return f"kernels: {IMPL}" + (f" ({missing})" if missing else "")
     IMPL = name
     return f"kernels: {IMPL} (as asked)"
+
+
+def runs_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take this tensor: on a GPU; on a CPU only where `choose` found the interpreter."""
+    return IMPL == "triton" and x.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 IMPL = "torch"
