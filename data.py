@@ -6,7 +6,9 @@ and the largest scale is the original. `batches` cuts aligned random patches fro
 Reductions are MATLAB's `imresize`, bit for bit, as in the published benchmarks; Pillow and torch differ from it.
 The built-in pictures need no download: synthetic "dead leaves" to train on, photographs of scikit-image to look at.
 
-Not here: the random blur of the blind setting (dual.py), PSNR and other measures (evaluate.py). Read models.py next.
+For blind networks `degrade` blurs originals with random kernels on the device, and says what kernel is to be found.
+
+Not here: PSNR and other measures (evaluate.py), what training does with the batches (train.py). Read models.py next.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import itertools
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import warnings
@@ -26,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -255,6 +259,15 @@ def _check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     return scales
 
 
+def _blurred(y: dict[int, np.ndarray], kernel_size: int, seed: int) -> dict[int | str, np.ndarray]:
+    """A picture with its LR blurred by the random kernel of this seed, and that kernel as the LR image shows it."""
+    scale = max(y)
+    high = torch.from_numpy(y[scale]).permute(2, 0, 1)[None].float() / 255
+    made = degrade(high, scale, kernel_size, torch.Generator().manual_seed(seed))
+    low = (made[1][0] * 255).round().byte().permute(1, 2, 0).contiguous()
+    return {1: low.numpy(), scale: y[scale], "kernel": made["kernel"][0, 0].numpy()}
+
+
 def _reduced(high: np.ndarray, scales: tuple[int, ...], name: str) -> dict[int, np.ndarray]:
     """{scale: image} from the original alone, cropped at the bottom and right to a multiple of the largest scale."""
     largest = scales[-1]
@@ -294,6 +307,18 @@ def _list_lows(folder: Path, scales: tuple[int, ...]) -> dict[int, dict[str, Pat
     return lows
 
 
+def _list_blurred(root: Path, scale: int) -> dict[str, Path]:
+    """{name of the original: file} of DIV2KRK, where gt/img_7_gt.png belongs to lr_x4/im_7.png: by the first number."""
+    def number(file):
+        return int((re.findall(r"\d+", file.stem) or [-1])[0])
+
+    high, low = root / "gt", root / f"lr_x{scale}"
+    lows = {number(f): f for f in _list(low)}
+    if alone := next((f for f in _list(high) if number(f) not in lows), None):
+        raise ValueError(f"{alone} has no blurred picture with its number in {low}: complete it or take another scale")
+    return {_stem(f, high): lows[number(f)] for f in _list(high)}
+
+
 def _load_pair(high_file: Path, low_files: dict[int, Path], scales: tuple[int, ...]) -> dict[int, np.ndarray]:
     """One picture at all scales: the reductions in `low_files` as they are, the others made from the original."""
     high = decode(high_file).rgb
@@ -312,8 +337,10 @@ def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = 4 <
     """The pictures of a folder, listed now and decoded when asked for; LR by `imresize` where no file holds it.
 
     path: a folder with pictures at any depth (png jpg jpeg webp bmp tif tiff), or one of the authors' layouts:
-    a root with DF2K/DF2K_HR or DIV2K/DIV2K_train_HR (and .._LR_bicubic/X4/0001x4.png), or a benchmark set with HR
-    (and LR_bicubic/X4/babyx4.png). Originals are cropped to LR size times scale.
+    a root with DF2K/DF2K_HR or DIV2K/DIV2K_train_HR (and .._LR_bicubic/X4/0001x4.png), a benchmark set with HR (and
+    LR_bicubic/X4/babyx4.png), or the blurred set DIV2KRK with gt/img_1_gt.png and lr_x4/im_1.png, whose kernels are not
+    read: they are of HR pixels and another reduction, so not what `corrected_kernel` defines.
+    Originals are cropped to LR size times scale.
     scales: such as (1, 2, 4); limit: bytes of decoded pictures to keep in memory, the others are decoded each time.
     Raises ValueError for a missing or empty folder, and on access for a file that is damaged or does not match its LR.
     """
@@ -321,12 +348,14 @@ def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = 4 <
     if not root.is_dir():
         raise ValueError(f"{path} is {'a file' if root.exists() else 'missing'}: give a folder of pictures")
     high, low = next(((root / h, root / l) for h, l in LAYOUTS if (root / h).is_dir()), (root, None))
+    if blurred := (root / "gt").is_dir() and any(root.glob("lr_x*")):
+        high = root / "gt"
     files = _list(high)
     if not files:
         raise ValueError(f"{high} holds no picture ({' '.join(sorted(EXTENSIONS))}): give a folder of pictures")
     if mixed := next((f for f in files if any("LR_bicubic" in part for part in f.relative_to(high).parts)), None):
         raise ValueError(f"{path} mixes originals and reductions ({mixed}): give the folder of one set, with HR in it")
-    lows = _list_lows(low, scales) if low else {}
+    lows = {1: _list_blurred(root, scales[-1])} if blurred else _list_lows(low, scales) if low else {}
 
     def load(i):
         name = _stem(files[i], high)
@@ -339,16 +368,19 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.
                "retina.jpg", "rocket.jpg")
 
 
-def photographs(scales: Sequence[int]) -> Pictures:
+def photographs(scales: Sequence[int], kernel_size: int = 0) -> Pictures:
     """The eight colour photographs that come with scikit-image (nothing is downloaded), their LR by `imresize`.
 
+    kernel_size: above 0, the LR is made by `degrade` instead, each photograph with a kernel of its own that is always
+    the same, and the key "kernel" holds what a blind network should find: float32 (kernel_size, kernel_size).
     Raises ValueError for wrong scales, and on access where the installed scikit-image lacks the file.
     """
     import skimage.data  # here, for it is slow to import and seldom needed
     scales, folder = _check_scales(scales), Path(skimage.data.__file__).parent
 
     def load(i):
-        return _reduced(decode(folder / PHOTOGRAPHS[i]).rgb, scales, PHOTOGRAPHS[i])
+        y = _reduced(decode(folder / PHOTOGRAPHS[i]).rgb, scales, PHOTOGRAPHS[i])
+        return _blurred(y, kernel_size, i) if kernel_size else y
 
     return Pictures([Path(name).stem for name in PHOTOGRAPHS], _cached(load, 4 << 30), scales)
 
@@ -633,3 +665,75 @@ def _ahead(make: Callable[[int], dict[int, Tensor]], start: int, depth: int = 3)
     finally:
         stop.set()
         worker.join()
+
+
+# ---- blind batches: blurred by kernels that the network is not told --------------------------------------------------
+
+def blind_kernels(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random anisotropic Gaussians, float32 (count, 1, size, size) on the generator's device, each with sum 1.
+
+    "Setting 2" of DCLS (Luo et al., CVPR 2022), in HR pixels: deviations U(0.6, 5) along two axes at right angles,
+    turned by U(-π, π); every weight is multiplied by 1 + U(0, 0.25). Size 31 goes with x4, 11 with x2.
+    """
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=generator, device=generator.device)
+
+    sigma_a, sigma_b, angle = (uniform(low, high, 1, 1, 1) for low, high in ((0.6, 5), (0.6, 5), (-math.pi, math.pi)))
+    grid = torch.arange(size, device=generator.device) - size // 2
+    y, x = grid[:, None], grid
+    a, b = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # along the two axes
+    kernels = torch.exp(-((a / sigma_a) ** 2 + (b / sigma_b) ** 2) / 2) * uniform(1, 1.25, 1, size, size)
+    return kernels / kernels.sum((2, 3), keepdim=True)
+
+
+def blur(x: Tensor, kernels: Tensor) -> Tensor:
+    """True convolution of x (N, C, H, W) with one kernel per image, (N, 1, k, k); mirrored at the border, which is not
+    repeated: H, W > k // 2."""
+    padded = F.pad(x, (kernels.shape[-1] // 2,) * 4, mode="reflect")
+    return F.conv2d(padded.transpose(0, 1), kernels.flip(2, 3), groups=len(x)).transpose(0, 1)  # images as channels
+
+
+def corrected_kernel(blurred: Tensor, clean: Tensor, size: int, epsilon: float = 1e-4) -> Tensor:
+    """The kernel k with blurred = k * clean, which a blind network should find (DCLS' reformulated degradation).
+
+    blurred, clean: LR images (N, 3, h, w), float and unrounded, h, w >= size, taken as periodic. Returns (N, 1, size,
+    size) with sum 1: the mean of the three colours' quotients of spectra where their product is positive, less 3/4 of
+    its 41st largest value; about 40 pixels hold the kernels of either scale.
+    epsilon: added to |clean's spectrum|²; the release's 1e-20 yields a useless kernel for one photograph in a hundred.
+    """
+    spectrum = torch.fft.rfft2(clean)
+    ratio = spectrum.conj() * torch.fft.rfft2(blurred) / (torch.view_as_real(spectrum).square().sum(-1) + epsilon)
+    each = torch.fft.irfft2(ratio, clean.shape[2:]).roll((size // 2,) * 2, (2, 3))[..., :size, :size]  # (N, 3, k, k)
+    k = torch.where(each.prod(1, keepdim=True) > 0, each.mean(1, keepdim=True), 0)
+    k = (k - 0.75 * k.flatten(1).topk(41).values[:, -1].view(-1, 1, 1, 1)).clamp(0, 1)
+    return k / (k.sum((2, 3), keepdim=True) + 1e-20)
+
+
+@torch.no_grad()
+def degrade(high: Tensor, scale: int, size: int, generator: torch.Generator, epsilon: float = 1e-4) -> dict:
+    """A blind batch {1: low, scale: high, "kernel": k*} from originals (N, 3, H, W) in [0, 1], float, on any device.
+
+    low: blurred by `blind_kernels` of `size`, reduced by `resize`, clamped and rounded to 8 bit, in [0, 1].
+    k*: `corrected_kernel` of the LR images before rounding, (N, 1, size, size).
+    Raises ValueError for images whose LR is smaller than the kernel or that are no multiple of the scale.
+    """
+    if min(high.shape[2:]) < size * scale or any(n % scale for n in high.shape[2:]):
+        raise ValueError(f"cannot blur an image of {high.shape[3]}x{high.shape[2]} pixels for a blind x{scale}: its "
+                         f"sides must be multiples of {scale} and at least {size * scale} ({size} LR pixels, the kernel)")
+    kernels = blind_kernels(len(high), size, generator).to(high)
+    blurred, clean = (resize(x, 1 / scale) for x in (blur(high, kernels), high))
+    low = (blurred.clamp(0, 1) * 255).round() / 255
+    return {1: low, scale: high, "kernel": corrected_kernel(blurred, clean, size, epsilon)}
+
+
+def blind(batches: Iterator[dict[int, Tensor]], size: int, seed: int, start: int = 0,
+          epsilon: float = 1e-4) -> Iterator[dict]:
+    """The stream `batches`, which is at step `start`, with the LR images of every batch replaced by `degrade`.
+
+    Step k depends on (seed, k, batch) alone. The work is done on the device of the batches; the random numbers are
+    drawn on the CPU and so the same for every device.
+    """
+    with contextlib.closing(batches):
+        for k, y in enumerate(batches, start):
+            scale, mixed = max(y), np.random.default_rng((seed, k)).integers(1 << 32)  # torch's seeds have 32 bits
+            yield degrade(y[scale], scale, size, torch.Generator().manual_seed(int(mixed)), epsilon)

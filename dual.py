@@ -43,6 +43,11 @@ def dr_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleLis
     return primal + weight * back
 
 
+def blind_loss(kernel: Tensor, true: Tensor) -> Tensor:
+    """mean |k − k*| over the entries of two (N, 1, k, k): all that trains a kernel estimator (DCLS; weight 1)."""
+    return F.l1_loss(kernel, true)
+
+
 def distill_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """MSE between the channel means of two feature maps (N, any, H, W): their widths may differ (release, fine-tuning)."""
     return F.mse_loss(student.mean(1), teacher.mean(1))

@@ -3,6 +3,7 @@
     python evaluate.py --weights DRNS4x.pt --arch drn_s --data Set5     # a released file; --channels for a pruned one
     python evaluate.py --weights runs/mine/last.pt                      # our checkpoints know their arch and scale
     python evaluate.py --weights runs/mine/last.pt --input photo.jpg --output big.png
+    python evaluate.py --weights dcls.pt --input photo.jpg --output big.png --kernel blur.png    # blind: what blurred it
 
 PSNR and SSIM follow the protocol of the paper's tables (DRC, arXiv 2207.07929): luma only, `scale` pixels cut off every
 side; MAdds are counted as in the same tables. Nothing is trained or chosen here, and no learned measure is computed.
@@ -124,28 +125,30 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
 
 
 # ---- upscaling one picture
-def upscale(model: nn.Module, low: np.ndarray, tile: int = 0, overlap: int = OVERLAP,
-            ensemble: bool = False) -> np.ndarray:
+def upscale(model: nn.Module, low: np.ndarray, tile: int = 0, overlap: int = OVERLAP, ensemble: bool = False,
+            kernel: np.ndarray | None = None) -> np.ndarray:
     """low: uint8 (H, W, 3), any size from 1×1 -> uint8 (H·s, W·s, 3), clamped and rounded to nearest. `model` runs as
     it is, on its own device; for speed give `models.inference(model)`.
 
     tile: 0 for the whole picture at once, or the largest side of a tile in LR pixels; memory is then bounded by the
       tile, only the result is full-size. A tile sees `overlap` LR pixels of its neighbours, whose result is cut away
       again: the whole is the untiled one where `overlap` covers the receptive field. Networks that pool over the whole
-      image (DRN's channel attention) differ slightly; tests/test_evaluate.py measures how much.
+      image (channel attention in DRN and DCLS) differ slightly; tests/test_evaluate.py measures how much.
     ensemble: mean of the eight flips and rotations, in float before rounding (EDSR, Lim et al. 2017, Section 3.4).
+    kernel: for a blind network, the blur kernel (k, k) of the picture; default: its own estimate, one for all tiles.
     ValueError: another array, a tile without room for its overlap. FloatingPointError: the network gave nan or inf."""
     check_image(low)
     if tile and tile < smallest_tile(overlap):
         raise ValueError(f"tile {tile} is too small for an overlap of {overlap}: give at least "
                          f"{smallest_tile(overlap)}, or 0 for the whole picture")
+    kernel = estimate_kernel(model, low) if kernel is None else kernel
     (height, width), s = low.shape[:2], model.scale
     rows, tile_height = tile_starts(height, tile or height, overlap)
     columns, tile_width = tile_starts(width, tile or width, overlap)
     high = np.empty((height * s, width * s, 3), np.uint8)
     tiles = list(itertools.product(rows, columns))
     for top, left in tqdm(tiles, desc="tiles", unit="tile", leave=False, delay=2, disable=len(tiles) == 1):
-        part = forward(model, low[top:top + tile_height, left:left + tile_width], ensemble)
+        part = forward(model, low[top:top + tile_height, left:left + tile_width], ensemble, kernel)
         y, x = top and top + overlap, left and left + overlap       # the next tile writes over the other end's context
         high[y * s:(top + tile_height) * s, x * s:(left + tile_width) * s] = part[(y - top) * s:, (x - left) * s:]
     return high
@@ -170,21 +173,48 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
             return [last * i // (number - 1) * ALIGN for i in range(number)], side
 
 
-@torch.inference_mode()
-def forward(model: nn.Module, low: np.ndarray, ensemble: bool) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (H·s, W·s, 3)."""
+def to_input(model: nn.Module, low: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) -> (1, 3, H, W) in 0..1 on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x = torch.from_numpy(np.array(low)).to(device).permute(2, 0, 1)[None].float() / 255             # (1, 3, H, W)
+    return torch.from_numpy(np.array(low)).to(device).permute(2, 0, 1)[None].float() / 255
+
+
+@torch.inference_mode()
+def estimate_kernel(model: nn.Module, low: np.ndarray) -> np.ndarray | None:
+    """The blur kernel that a blind network sees in low, uint8 (H, W, 3): float32 (k, k), in LR pixels, sum 1; None from
+    a network that is not blind. A picture has one blur, and a tile of sky does not show it: the kernel is estimated
+    once, of the whole picture, or of its centre where it has more than AUTO_PIXELS pixels, which bounds memory."""
+    if not hasattr(model, "estimate"):
+        return None
+    side = math.isqrt(AUTO_PIXELS)
+    if low.shape[0] * low.shape[1] > AUTO_PIXELS:
+        top, left = (max(0, n - side) // 2 for n in low.shape[:2])
+        low = low[top:top + side, left:left + side]
+    return model.estimate(to_input(model, low))[0, 0].float().cpu().numpy()
+
+
+@torch.inference_mode()
+def forward(model: nn.Module, low: np.ndarray, ensemble: bool, kernel: np.ndarray | None) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (H·s, W·s, 3)."""
+    inputs = [to_input(model, low)]
+    if kernel is not None:
+        inputs.append(torch.from_numpy(kernel).to(inputs[0])[None, None])                 # (1, 1, k, k)
     turns = [(k, flip) for k in range(4) for flip in (False, True)] if ensemble else [(0, False)]
     total = 0
     for k, flip in turns:
-        turned = torch.rot90(x.flip(3) if flip else x, k, (2, 3))
-        image = torch.rot90(model(turned).images[model.scale], -k, (2, 3))
+        turned = [torch.rot90(x.flip(3) if flip else x, k, (2, 3)) for x in inputs]       # the blur turns, too
+        image = torch.rot90(model(*turned).images[model.scale], -k, (2, 3))
         total = total + (image.flip(3) if flip else image)
     image = total / len(turns)
     if not image.isfinite().all():
         raise FloatingPointError("the network's output is not finite: its weights are damaged, train it again")
     return (image[0] * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def kernel_picture(kernel: np.ndarray, zoom: int = 8) -> np.ndarray:
+    """float (k, k) -> uint8 (zoom·k, zoom·k): grey, the largest entry white, every entry a square."""
+    grey = (255 * (kernel / kernel.max()).clip(0, 1)).round().astype(np.uint8)
+    return grey.repeat(zoom, 0).repeat(zoom, 1)
 
 
 # ---- evaluating a set of pictures
@@ -194,27 +224,28 @@ class Row(NamedTuple):
     ssim: float
     seconds: float               # of upscaling alone
     image: np.ndarray            # uint8 (H·s, W·s, 3)
+    kernel: np.ndarray | None = None       # float32 (k, k), estimated by a blind network
 
 
 def evaluate(upscaler: nn.Module | Callable, pictures, **options) -> list[Row]:
-    """One Row for every picture of a data.Pictures. A picture is {1: low, ..., s: high}: its largest scale is the
+    """One Row for every picture of a data.Pictures. A picture is {1: low, ..., s: high}: the largest scale is the
     truth, cut to low's size × s where it is larger; `s` pixels are cropped for the measures.
 
     upscaler: a network, with `options` of `upscale` (one in training mode is replaced by its `models.inference` copy),
       or any function low -> high, such as `lambda low: data.imresize(low, 4)`. ValueError names the picture."""
+    model, rows = None, []
     if isinstance(upscaler, nn.Module):
         model = models.inference(upscaler) if upscaler.training else upscaler
-        upscaler = partial(upscale, model, **options)
-    rows = []
     for i in tqdm(range(len(pictures)), desc="evaluate", unit="picture", leave=False, delay=2):
         picture, name = pictures[i], pictures.names[i]
-        scale, low = max(picture), picture[1]
+        scale, low = max(s for s in picture if s != "kernel"), picture[1]
         truth = picture[scale][:low.shape[0] * scale, :low.shape[1] * scale]
         start = time.perf_counter()
-        image = upscaler(low)
+        kernel = model and estimate_kernel(model, low)
+        image = upscale(model, low, kernel=kernel, **options) if model else upscaler(low)
         seconds = time.perf_counter() - start
         try:
-            rows.append(Row(name, psnr_y(image, truth, scale), ssim_y(image, truth, scale), seconds, image))
+            rows.append(Row(name, psnr_y(image, truth, scale), ssim_y(image, truth, scale), seconds, image, kernel))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return rows
@@ -263,19 +294,27 @@ def read_channels(path: str | Path, count: int) -> list[int]:
 
 def load_model(path: str | Path, arch: str | None = None, scale: int | None = None,
                channels: str | Path | None = None) -> nn.Module:
+    """The network alone of `load_networks`."""
+    return load_networks(path, arch, scale, channels)[0]
+
+
+def load_networks(path: str | Path, arch: str | None = None, scale: int | None = None,
+                  channels: str | Path | None = None) -> tuple[nn.Module, list[dict] | None]:
     """A network with the weights of `path`: one of our checkpoints, which rebuilds itself, or an official file, which
-    needs `arch`, `scale` (4 when not given) and, for a pruned one, `channels`, the path of its channel file.
+    needs `arch`, `scale` (4 when not given) and, for a pruned one, `channels`, the path of its channel file. And the
+    state dicts of the duals in the same file, None where there are none.
 
     On the CPU, in training mode. ValueError: the file is of another arch or scale than given, or does not fit the
     network; see also read_checkpoint, read_channels."""
     state = read_checkpoint(path)
-    widths = None
+    widths = duals = None
     if {"arch", "scale", "widths", "model"} <= state.keys():
         for flag, given in (("arch", arch), ("scale", scale)):
             if given is not None and given != state[flag]:
                 raise ValueError(f"{path} holds {flag} {state[flag]}, --{flag} {given} was given: leave --{flag} out")
         if channels is not None:
             raise ValueError(f"{path} knows its own channel numbers: leave --channels out")
+        duals = state.get("duals")
         arch, scale, widths, state = (state[key] for key in ("arch", "scale", "widths", "model"))
     elif arch is None:
         raise ValueError(f"{path} does not say what network it is: give --arch ({', '.join(models.ARCHS)}) and --scale")
@@ -285,19 +324,16 @@ def load_model(path: str | Path, arch: str | None = None, scale: int | None = No
             widths = read_channels(channels, len(models.build(arch, scale).widths))
     try:
         model = models.build(arch, scale, widths)
-        models.load_state(model, state)
+        official = models.load_state(model, state)
     except ValueError as error:
         raise ValueError(f"{path}{f' with {channels}' if channels else ''}: {error}") from error
-    return model
+    return model, duals or official and [official]
 
 
 # ---- the command
-def upscaler(args: argparse.Namespace, model: nn.Module | None, scale: int, tile: int) -> Callable:
-    """The function low -> high that the flags ask for; without a model, bicubic."""
-    if model is None:
-        return partial(data.imresize, scale=scale)
-    fast = models.inference(model, args.precision).to(args.device)
-    return partial(upscale, fast, tile=tile, overlap=args.overlap, ensemble=args.self_ensemble)
+def settings(args: argparse.Namespace, tile: int) -> dict:
+    """What the flags say to `upscale`."""
+    return dict(tile=tile, overlap=args.overlap, ensemble=args.self_ensemble)
 
 
 def place(args: argparse.Namespace) -> str:
@@ -316,11 +352,13 @@ def report(args: argparse.Namespace, model: nn.Module | None, scale: int) -> Non
     """Prints PSNR-Y and SSIM of every picture beside bicubic's, their means and the costs; writes them for --save."""
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)                # a bad folder fails now, not after the work
-    pictures = data.open_folder(args.data, (1, scale)) if args.data else data.photographs((1, scale))
+    blind = getattr(model, "kernel_size", 0)
+    pictures = data.open_folder(args.data, (1, scale)) if args.data else data.photographs((1, scale), blind)
     tables = {}
     if model:
-        tables[f"{model.arch} x{scale}"] = evaluate(upscaler(args, model, scale, args.tile or 0), pictures)
-    tables["bicubic"] = evaluate(upscaler(args, None, scale, 0), pictures)
+        fast = models.inference(model, args.precision).to(args.device)
+        tables[f"{model.arch} x{scale}"] = evaluate(fast, pictures, **settings(args, args.tile or 0))
+    tables["bicubic"] = evaluate(partial(data.imresize, scale=scale), pictures)
     rows = next(iter(tables.values()))
     wide = max(map(len, ["picture", *pictures.names]))
     print(f"PSNR-Y in dB and SSIM, {scale} pixels cropped\n{'picture':{wide}}", *(f"{title:>17}" for title in tables))
@@ -332,6 +370,11 @@ def report(args: argparse.Namespace, model: nn.Module | None, scale: int) -> Non
         file = Path(args.save, row.name if row.name.endswith(".png") else row.name + ".png")
         file.parent.mkdir(parents=True, exist_ok=True)
         data.write_image(file, row.image)
+        if row.kernel is not None:
+            data.write_image(file.with_name(f"{file.stem}_kernel.png"), kernel_picture(row.kernel))
+    if blind and not args.data:
+        errors = [np.abs(row.kernel - pictures[i]["kernel"]).mean() for i, row in enumerate(rows)]
+        print(f"blur kernels: mean |k - k*| {np.mean(errors):.2e}")
     if model:
         small, large = count(model, 96, 96), count(model, math.ceil(720 / scale), math.ceil(1280 / scale))
         print(f"{small.params:,} parameters; MAdds {small.madds / 1e9:.2f} G for a 96x96 LR input, "
@@ -341,6 +384,8 @@ def report(args: argparse.Namespace, model: nn.Module | None, scale: int) -> Non
 
 def enlarge(args: argparse.Namespace, model: nn.Module | None, scale: int) -> None:
     """Upscales args.input, of any mode and orientation, into args.output; grey stays grey, alpha is made by bicubic."""
+    if args.kernel and not hasattr(model, "estimate"):
+        raise ValueError(f"--kernel {args.kernel}: only a blind network (dcls) estimates a kernel, leave it out")
     low, alpha, grey = data.decode(args.input)
     alpha = check_output(args, low, alpha, scale)
     if sixteen_bit(args.input):
@@ -350,12 +395,19 @@ def enlarge(args: argparse.Namespace, model: nn.Module | None, scale: int) -> No
         tile = AUTO_TILE
         print(f"note: {size(low)} pixels are worked on in tiles of at most {tile} (--tile 0: all at once)")
     start = time.perf_counter()
-    high = upscaler(args, model, scale, tile)(low)
+    if model:
+        fast = models.inference(model, args.precision).to(args.device)
+        kernel = estimate_kernel(fast, low)
+        high = upscale(fast, low, kernel=kernel, **settings(args, tile))
+    else:
+        high = data.imresize(low, scale)
     if grey:
         high = np.asarray(Image.fromarray(high).convert("L"))
     if alpha is not None:
         high = np.dstack((high, data.imresize(alpha, scale)))             # (H·s, W·s, 2 or 4)
     data.write_image(args.output, high)
+    if args.kernel:
+        data.write_image(args.kernel, kernel_picture(kernel))
     how = f"{model.arch} x{scale} on {place(args)}" if model else f"bicubic x{scale}"
     print(f"{args.output}: {size(low)} -> {size(high)} by {how}, {time.perf_counter() - start:.1f} s")
 
@@ -364,8 +416,9 @@ def check_output(args: argparse.Namespace, low: np.ndarray, alpha: np.ndarray | 
     """Refuses, before the work, what args.output could not hold. Returns alpha, or None where it is opaque everywhere
     and the format has none: nothing is lost then. Else it is refused, for what is hidden beneath it would show."""
     keeps_alpha, longest = FORMATS[Path(args.output).suffix.lower()]
-    if not Path(args.output).resolve().parent.is_dir():
-        raise ValueError(f"{args.output}: its folder does not exist, create it first")
+    for file in filter(None, (args.output, args.kernel)):
+        if not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"{file}: its folder does not exist, create it first")
     if max(low.shape[:2]) * scale > longest:
         raise ValueError(f"{args.output}: its format holds {longest} pixels a side, {size(low)} times {scale} is more: "
                          f"use .png")
@@ -406,10 +459,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", metavar="FILE", help="channel numbers of an official pruned file, one integer per line")
     add("--bicubic", action="store_true", help="no network: MATLAB's bicubic alone")
     add = parser.add_argument_group("pictures").add_argument
-    add("--data", metavar="DIR", help="evaluate on a folder of pictures (default: eight built-in photographs)")
-    add("--save", metavar="DIR", help="write the upscaled pictures of the evaluation as PNG")
+    add("--data", metavar="DIR",
+        help="evaluate on a folder of pictures (default: eight built-in photographs, for dcls blurred)")
+    add("--save", metavar="DIR", help="write the upscaled pictures of the evaluation, and estimated kernels, as PNG")
     add("--input", metavar="FILE", help="upscale this picture instead of evaluating")
     add("--output", metavar="FILE", help="result of --input: " + " ".join(FORMATS))
+    add("--kernel", metavar="FILE.png", help="write the blur kernel that a blind network (dcls) finds in --input")
     add = parser.add_argument_group("how").add_argument
     add("--self-ensemble", action="store_true", help="mean of eight flips and rotations: better, 8 times slower")
     add("--tile", type=at_least(0), metavar="N",
@@ -429,6 +484,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--input and --data exclude each other": args.input and args.data,
         "--save is for evaluations: --output names the result of --input": args.input and args.save,
         "--input and --output need each other": bool(args.input) != bool(args.output),
+        "--kernel belongs to --input": args.kernel and not args.input,
+        f"--kernel {args.kernel}: use a name with .png": args.kernel and not args.kernel.lower().endswith(".png"),
         f"--output {args.output}: unknown extension, use one of {' '.join(FORMATS)}":
             args.output and Path(args.output).suffix.lower() not in FORMATS,
         f"--overlap {args.overlap} needs --tile 0 or a tile of at least {smallest_tile(args.overlap)}":

@@ -19,6 +19,7 @@ Here: DRN (Guo et al., "Closed-loop Matters", CVPR 2020). Not here: losses, prun
 """
 import copy
 from functools import partial
+from itertools import islice
 from typing import Callable, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
     rgb_range = 1.0                  # range of the network's own numbers; losses are measured in it (METHOD: native range)
     madds_count_bias = False         # whether the published MAdds count one addition per bias
     float32: tuple[str, ...] = ()    # submodules that stay float32 when the rest runs in bfloat16
+    kernel_size = 0                  # side of the blur kernel that a blind network estimates; 0: it is not blind
     feature = ""                     # submodule whose input distillation compares (Section "fine-tuning")
     dual_spec: tuple[tuple[int, int, int], ...] = ()      # duals: (from scale, to scale, hidden channels)
 
@@ -142,10 +144,10 @@ class DownBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
-        self.conv_du = nn.Sequential(conv(channels, channels // 16, 1), nn.ReLU(),
-                                     conv(channels // 16, channels, 1), nn.Sigmoid())
+        self.conv_du = nn.Sequential(conv(channels, channels // reduction, 1), nn.ReLU(),
+                                     conv(channels // reduction, channels, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, c, H, W) -> (N, c, 1, 1): the factor of every channel."""
@@ -684,6 +686,246 @@ class DAT(Transformer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# DCLS: the blur kernel is estimated, undone in feature space, and the result refined. (Luo et al., CVPR 2022, Fig. 2)
+#
+#   low -> Estimator: head, 3 residual blocks, tail -> latent -> 5 Linears -> 5 small convs on a dot -> kernel k
+#    |                                                                                                 | detached
+#    '-> conv_first -> 3 residual blocks -> head2: deconvolution with k -> f2 (64 channels) -> 5 x (10 DPCABs,
+#             |                      '----> head1: 3x3 conv             -> f1 (16 channels) ->      doubled) -.
+#             '------------------------ + <--------------------------------- fusion (f1 ++ f2) <--------------'
+#                                       '-> upscale -> image
+# ---------------------------------------------------------------------------------------------------------------------
+def leaky(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.leaky_relu(layer(x), 0.1)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(LeakyReLU(conv1(x))); the prunable width is between the convolutions."""
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv(channels, hidden), conv(hidden, channels)
+
+    def program(self):
+        yield lambda s: {**s, "skip": s["x"], "x": leaky(self.conv1, s["x"])}
+        yield CUT
+        yield lambda s: {**s, "skip": None, "x": s["skip"] + self.conv2(s["x"])}
+
+
+class Estimator(nn.Module):
+    """The image decides on a small linear network (KernelGAN's), and that network's impulse response is the kernel."""
+    def __init__(self, feats: int, filters: tuple[int, ...], blocks: list[int], latent: int):
+        super().__init__()
+        self.filters, last = filters, len(filters) - 1
+        self.size = 1 + sum(size - 1 for size in filters)
+        self.channels = [3] + [16] * last + [3]
+        self.head = nn.Sequential(conv(3, feats, 7))
+        self.body = nn.Sequential(nn.Sequential(*(ResidualBlock(feats, hidden) for hidden in blocks)))
+        self.tail = nn.Sequential(nn.Conv2d(feats, feats, 3), nn.LeakyReLU(0.1), nn.Conv2d(feats, feats, 3),
+                                  nn.AdaptiveAvgPool2d(1), conv(feats, latent, 1), nn.Flatten())
+        self.dec = nn.ModuleList(nn.Linear(latent, 16 * 3 * size ** 2 if i in (0, last) else 16 * 16 * size ** 2)
+                                 for i, size in enumerate(filters))
+
+    def program(self):
+        yield lambda s: {**s, "x": self.head(s["low"].to(self.head[0].weight.dtype))}
+        yield lambda s: {**s, "first": s["x"]}
+        for block in self.body[0]:
+            yield from block.program()
+        yield lambda s: {**s, "first": None, "x": self.tail(s["first"] + s["x"])}       # (N, latent)
+        yield CUT
+        yield lambda s: {**s, "kernel": self.kernel(s["x"])}
+
+    def kernel(self, latent: Tensor) -> Tensor:
+        """(N, latent) -> (N, 1, k, k), sums to 1. Every image has its own weights: convolutions of N groups."""
+        n, k = len(latent), self.size
+        x = latent.new_ones(1, 3 * n, 1, 1)
+        for i, (size, dec) in enumerate(zip(self.filters, self.dec)):
+            weight = dec(latent).view(n * self.channels[i + 1], self.channels[i], size, size)
+            x = F.conv2d(x, weight, padding=0 if i else k - 1, groups=n)       # (1, N·16, 51, 51), 43, 37, 33; (1, N·3, k, k)
+        x = x.view(n, 3, k, k).flip(2, 3).mean(1, keepdim=True)     # flipped: conv2d correlates, the kernel convolves
+        return x / x.sum((2, 3), keepdim=True)
+
+
+def deconvolve(x: Tensor, kernel: Tensor, prior: Tensor) -> Tensor:
+    """The z that minimises ‖kernel ∗ z − x‖² + ‖prior ∗ z‖² on the torus, for every channel: conj(K)·X / (|K|² + |P|²).
+
+    x: (N, C, H, W); kernel: (N, 1, k, k), centre k // 2; prior: (N, C, p, p), p <= k. Returns (N, C, H, W), dtype and
+    device of x. (The paper's deep constrained least squares; the release loops over channels.)"""
+    (n, c, h, w), (k, p) = x.shape, (kernel.shape[-1], prior.shape[-1])
+    x = F.pad(x, (k, k, k, k), "replicate")                                    # what the torus joins is cut off below
+    height, width = x.shape[2:]
+    small = torch.cat((kernel, F.pad(prior, (0, k - p, 0, k - p))), 1)                   # (N, 1 + C, k, k)
+    small = torch.fft.fft(torch.fft.rfft(small, n=width), n=height, dim=-2)    # rfft2 to size, without the empty rows
+    kernel, penalty = small[:, :1], small[:, 1:].abs().square()
+    z = torch.fft.irfft2(kernel.conj() * torch.fft.rfft2(x) / (kernel.abs().square() + penalty), (height, width))
+    start = k - k // 2             # the kernel's corner lies at the origin, not its centre: z comes k // 2 pixels early
+    return z[:, :, start:start + h, start:start + w]
+
+
+class CLS(nn.Module):
+    """Constrained least squares deconvolution of features, in a quarter of the channels; (N, c, H, W) stays."""
+    def __init__(self, channels: int, reduced: int):
+        super().__init__()
+        self.reduce_feature = conv(channels, reduced, 1)
+        self.grad_filter = nn.Sequential(
+            nn.Conv2d(reduced, reduced, 3), nn.LeakyReLU(0.1), nn.Conv2d(reduced, reduced, 3), nn.LeakyReLU(0.1),
+            nn.Conv2d(reduced, reduced, 3), nn.AdaptiveAvgPool2d(3), conv(reduced, reduced, 1))
+        self.expand_feature = conv(reduced, channels, 1)
+
+    def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+        x = self.reduce_feature(x.to(self.reduce_feature.weight.dtype))
+        prior = self.grad_filter(x).exp()                                                # (N, c/4, 3, 3)
+        prior = prior - prior.mean((2, 3), keepdim=True)                                 # no prior against flat areas
+        return self.expand_feature(deconvolve(x, kernel, prior))
+
+
+class DPCAB(nn.Module):
+    """Dual-path channel attention block on (f2, f1); the prunable width is inside body1."""
+    def __init__(self, channels: int, reduced: int, hidden: int):
+        super().__init__()
+        self.body1 = nn.Sequential(conv(channels, hidden), nn.LeakyReLU(0.1), conv(hidden, channels))
+        self.body2 = nn.Sequential(conv(reduced, reduced), nn.LeakyReLU(0.1), conv(reduced, reduced))
+        self.CA_body1 = nn.Sequential(nn.LeakyReLU(0.1), conv(channels + reduced, channels),
+                                      ChannelAttention(channels, 4))
+        self.CA_body2 = ChannelAttention(reduced, 4)
+
+    def program(self):
+        yield lambda s: {**s, "skip": s["x"], "x": self.body1[:2](s["x"])}
+        yield CUT
+        yield self.second_half
+
+    def second_half(self, state: dict) -> dict:
+        f1, b = state["f1"], self.body2(state["f1"])
+        a = self.CA_body1[:2](torch.cat((self.body1[2](state["x"]), b), 1))
+        return {**state, "x": torch.addcmul(state["skip"], a, self.CA_body1[2](a)), "skip": None,
+                "f1": torch.addcmul(f1, b, self.CA_body2(b))}
+
+
+class Restorer(nn.Module):
+    def __init__(self, feats: int, scale: int, features: list[int], groups: list[list[int]]):
+        super().__init__()
+        reduced, stages = feats // 4, scale.bit_length() - 1
+        self.conv_first = conv(3, feats)
+        self.feature_block = nn.Sequential(*(ResidualBlock(feats, hidden) for hidden in features))
+        self.head1, self.head2 = conv(feats, reduced), CLS(feats, reduced)
+        blocks = (nn.ModuleList(DPCAB(feats, reduced, hidden) for hidden in group) for group in groups)
+        self.body = nn.ModuleList(nn.ModuleDict({"body": group}) for group in blocks)
+        self.fusion = conv(feats + reduced, feats)
+        enlarge = [layer for _ in range(stages) for layer in (conv(feats, 4 * feats), nn.PixelShuffle(2))]
+        self.upscale = nn.Sequential(*enlarge, conv(feats, 3))
+
+    def program(self):
+        yield lambda s: {**s, "x": self.conv_first(s["low"].to(self.conv_first.weight.dtype))}
+        yield lambda s: {**s, "first": s["x"]}
+        for block in self.feature_block:
+            yield from block.program()
+        yield self.divide
+        for group in self.body:
+            for block in group["body"]:
+                yield from block.program()
+            # The release means to add the group's input here; but it keeps both maps in one list, whose entries the
+            # blocks have replaced by then, and so adds the output to itself. The released weights rely on it.
+            yield lambda s: {**s, "x": 2 * s["x"], "f1": 2 * s["f1"]}
+        yield lambda s: {**s, "first": None, "f1": None, "x": self.fusion(torch.cat((s["f1"], s["x"]), 1)) + s["first"]}
+        for i in range(0, len(self.upscale) - 1, 2):
+            yield partial(self.enlarge, self.upscale[i])
+        yield lambda s: {**s, "x": self.upscale[-1](s["x"].to(self.upscale[-1].weight.dtype))}
+
+    def enlarge(self, layer: nn.Conv2d, state: dict) -> dict:
+        return {**state, "x": kernels.conv3x3_pixel_shuffle(state["x"], layer.weight, layer.bias, 2)}
+
+    def divide(self, state: dict) -> dict:
+        """The kernel is given, not learned, from here on: |k − k*| alone trains the Estimator (release)."""
+        x, kernel = state["x"], state["kernel"].detach()
+        return {**state, "f1": self.head1(x), "x": self.head2(x, kernel).to(x.dtype)}
+
+
+class DCLS(Backbone):
+    """Blind. Sizes: `feats` channels, `groups` groups of `blocks` DPCABs, a `latent` vector that makes `filters`, the
+    sizes of the convolutions that make the kernel. LR images are at least 7×7 (the prior's three 3×3 without padding).
+    Images come clamped to 0..1, as in the release."""
+    def __init__(self, arch: str, scale: int, filters: tuple[int, ...], feats: int = 64, groups: int = 5,
+                 blocks: int = 10, latent: int = 256, widths: dict | list | None = None):
+        super().__init__(dict(arch=arch, scale=scale, filters=filters, feats=feats, groups=groups, blocks=blocks,
+                              latent=latent), widths)
+        hidden = iter(self.widths.values())
+        self.Estimator = Estimator(feats, filters, list(islice(hidden, 3)), next(hidden))
+        self.Restorer = Restorer(feats, scale, list(islice(hidden, 3)),
+                                 [list(islice(hidden, blocks)) for _ in range(groups)])
+        self.kernel_size = self.Estimator.size
+        self.float32 = ("Estimator", "Restorer.head2", f"Restorer.upscale.{len(self.Restorer.upscale) - 1}")
+        self.dual_spec = ((scale, 1, 16),)
+
+    @classmethod
+    def hidden_widths(cls, feats: int, latent: int, **config) -> dict[str, int]:
+        return {name: latent if name == "estimator.latent" else feats for name in cls.places(**config)}
+
+    @staticmethod
+    def places(filters: tuple[int, ...], groups: int, blocks: int, **_) -> dict[str, tuple[str, ...]]:
+        """{pair: (producer, consumers ...)}, in config order."""
+        estimator = {f"estimator.block{i}": f"Estimator.body.0.{i}.conv" for i in range(3)}
+        features = {f"feature{i}": f"Restorer.feature_block.{i}.conv" for i in range(3)}
+        bodies = {f"group{g}.block{b}": f"Restorer.body.{g}.body.{b}.body1."
+                  for g in range(groups) for b in range(blocks)}
+        return {**{name: (f"{at}1", f"{at}2") for name, at in estimator.items()},
+                "estimator.latent": ("Estimator.tail.4", *(f"Estimator.dec.{i}" for i in range(len(filters)))),
+                **{name: (f"{at}1", f"{at}2") for name, at in features.items()},
+                **{name: (f"{at}0", f"{at}2") for name, at in bodies.items()}}
+
+    def pairs(self) -> list[Pair]:
+        result = []
+        for name, (producer, *consumers) in self.places(**self.config).items():
+            channels = torch.arange(self.widths[name])[:, None]                          # one row, one column each
+            result.append(Pair(name, len(channels), ((producer, channels),), tuple((at, channels) for at in consumers)))
+        return result
+
+    # ---- the forward pass. state: low; kernel; x, f1; skip, of the current block; first, for the long skip
+    def begin(self, x: Tensor) -> dict:
+        if min(x.shape[2:]) < 7:
+            raise ValueError(f"DCLS got an image of {x.shape[3]}x{x.shape[2]} pixels: give at least 7x7")
+        return dict(low=x, kernel=None)
+
+    def program(self):
+        yield from self.Estimator.program()
+        yield from self.Restorer.program()
+
+    def finish(self, state: dict) -> SR:
+        return SR({self.scale: state["x"].clamp(0, 1)}, state["kernel"])
+
+    def forward(self, x: Tensor, kernel: Tensor | None = None) -> SR:
+        """kernel: (N, 1, k, k), used instead of the estimated one: the tiles of a picture share theirs."""
+        if kernel is None:
+            return super().forward(x)
+        state = {**self.begin(x), "kernel": kernel}
+        return self.finish(compose([f for f in self.Restorer.program() if f is not CUT], state))
+
+    def estimate(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) in 0..1 -> (N, 1, k, k), the blur kernel in LR pixels, sums to 1."""
+        return compose([f for f in self.Estimator.program() if f is not CUT], self.begin(x))["kernel"]
+
+    @torch.no_grad()
+    def start_from_interpolation(self) -> None:
+        """The first three features carry the image through conv_first and the enlargements, all else counts little, and
+        the first kernel is a small dot. Without this, five linear layers whose random product is divided by its sum,
+        near 0, and five doublings throw the training about. (ours)"""
+        r = self.Restorer
+        *enlarge, last = r.upscale[::2]
+        doubled = 0.5 ** len(r.body)
+        for layer, factor in ((r.head1, doubled), (r.head2.expand_feature, doubled), (r.fusion, 0.02)):
+            layer.weight.mul_(factor)
+            layer.bias.mul_(factor)
+        pass_on(r.conv_first)
+        pass_on(last)
+        for layer in enlarge:
+            layer.weight[:12], layer.bias[:12] = 0, 0
+            for colour in range(3):
+                layer.weight[4 * colour:4 * colour + 4, colour] = interpolation(2)
+        for dec, size in zip(self.Estimator.dec, self.Estimator.filters):
+            line = torch.tensor([0.07, 0.86, 0.07]) if size > 1 else torch.ones(1)
+            dot = F.pad(torch.outer(line, line), ((size - len(line)) // 2,) * 4)         # (size, size)
+            dec.bias.copy_(4 * dot.flatten().repeat(len(dec.bias) // size ** 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Presets, building, loading
 # ---------------------------------------------------------------------------------------------------------------------
 PRESETS = {                                            # arch: (class, {scale: sizes})
@@ -695,6 +937,8 @@ PRESETS = {                                            # arch: (class, {scale: s
     "swinir_light": (SwinIR, dict.fromkeys((2, 3, 4, 8), dict(dim=60, depths=(6,) * 4, heads=6, direct=True))),
     "dat": (DAT, dict.fromkeys((2, 3, 4), dict(dim=180, groups=6, blocks=6, heads=6, expansion=4, direct=False))),
     "dat_light": (DAT, dict.fromkeys((2, 3, 4), dict(dim=60, groups=1, blocks=18, heads=6, expansion=2, direct=True))),
+    "dcls": (DCLS, {4: dict(filters=(11, 9, 7, 5, 3)),                               # 19,054,027
+                    2: dict(filters=(7, 3, 3, 1))}),                                 # 8,905,931
 }
 ARCHS = tuple(PRESETS)
 
@@ -743,9 +987,10 @@ def inference(model: Backbone, precision: str = "float32") -> Backbone:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.fold()
     if precision == "bf16":
+        exact = {name: model.get_submodule(name).state_dict() for name in model.float32}      # before they are rounded
         model.to(torch.bfloat16)
-        for name in model.float32:
-            model.get_submodule(name).float()
+        for name, state in exact.items():
+            model.get_submodule(name).float().load_state_dict(state)
     elif precision != "float32":
         raise ValueError(f"unknown precision {precision!r}: choose float32 or bf16")
     return model.to(memory_format=torch.channels_last)

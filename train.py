@@ -60,17 +60,24 @@ COMMON = dict(                         # of all presets, for DRN; what the other
     betas=(0.9, 0.999), milestones=(), # of the steps, where the rate is halved; none: cosine
     ema=0.0,                           # moving average of the weights, 0: none
     drop_path=0.0,                     # stochastic depth of the last block in training
-    search_decay=3e-4, search_clip=5.0, select_rate=5e-5)
+    search_decay=3e-4, search_clip=5.0, select_rate=5e-5,
+    epsilon=1e-4)                      # in the division that finds the true kernel of a blurred patch; the release: 1e-20
 SWINIR = dict(search_decay=0.0, select_rate=1e-4)
 SWINIR_PAPER = dict(patch=256, steps=500_000, rate=2e-4, milestones=(0.5, 0.8, 0.9, 0.95), warmup=0.008, ema=0.999,
                     drop_path=0.1, search_patch=256, search_rate=2e-4, select_patch=256, tune_steps=500_000, tune_rate=2e-4)
+DCLS = dict(search_rate=1e-5, search_clip=0.1, search_decay=0.0, select_rate=1e-5)
 OWN = {                                # first word of the arch, preset: what differs
-    ("swinir", "quick"): dict(SWINIR, clip=1.0, per_round=8),
+    ("swinir", "quick"): dict(SWINIR, clip=1.0, rate=1e-3, tune_rate=5e-4),
     ("swinir", "default"): dict(SWINIR, clip=1.0, ema=0.999),
     ("swinir", "paper"): dict(SWINIR, **SWINIR_PAPER),
-    ("dat", "quick"): dict(SWINIR, clip=1.0, patch=128, batch=2, search_patch=128, select_patch=128),   # LR 32: one long window
+    ("dat", "quick"): dict(SWINIR, clip=1.0, rate=1e-3, patch=128, batch=2, search_patch=128, select_patch=128),   # LR 32: one long window
     ("dat", "default"): dict(SWINIR, clip=1.0, ema=0.999),
     ("dat", "paper"): dict(SWINIR, **{**SWINIR_PAPER, "ema": 0.0, "betas": (0.9, 0.99)}),
+    ("dcls", "quick"): dict(DCLS, clip=1.0, patch=128, batch=2, search_patch=128, search_steps=8, search_batch=1,
+                            select_patch=128, select_batch=1),                       # the kernel takes 31 of 32 LR pixels
+    ("dcls", "default"): dict(DCLS, clip=1.0),
+    ("dcls", "paper"): dict(DCLS, epsilon=1e-20, patch=256, batch=64, steps=500_000, rate=4e-4, milestones=(0.4, 0.8),
+                            search_patch=256, select_patch=256, tune_steps=500_000, tune_rate=4e-4),
 }
 DUAL_WEIGHT = 0.1                      # λ of L_DR (DRN, Section 3.1)
 DISTILL_WEIGHT = 1.0                   # of the distance to the teacher in fine-tuning (release)
@@ -202,6 +209,12 @@ def to_device(batches, device: torch.device):
             yield {s: x.to(device, memory_format=torch.channels_last, non_blocking=True) for s, x in y.items()}
 
 
+def stream(args: SimpleNamespace, model, pictures, patch: int, batch: int, start: int = 0):
+    """The batches from step `start` on: what `model` needs, on the device."""
+    batches = to_device(data.batches(pictures, patch, batch, args.seed, start), args.device)
+    return data.blind(batches, model.kernel_size, args.seed, start, args.epsilon) if model.kernel_size else batches
+
+
 # ---- 2 primal and dual training, 5 fine-tuning -----------------------------------------------------------------------
 def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, steps: int, rate: float, loss_of) -> nn.Module:
     """Minimises loss_of(y) over the parameters of model and duals that require gradients, by Adam. Returns the model, or
@@ -224,7 +237,7 @@ def fit(run: Run, stage: str, args: SimpleNamespace, pictures, model, duals, ste
         return loss.item()
 
     def batches(start: int):
-        return to_device(data.batches(pictures, args.patch, args.batch, args.seed, start), args.device)
+        return stream(args, model, pictures, args.patch, args.batch, start)
 
     run.repeat(stage, steps, one_step, batches, parts)
     return parts["ema"].module if args.ema else model
@@ -257,24 +270,30 @@ def restore(state: dict) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def native_loss(model, duals):
-    """L_DR in the network's own range, in which the paper's rates are given: (out, y) -> scalar."""
-    return lambda out, y: model.rgb_range * dual.dr_loss(out.images, y, duals, DUAL_WEIGHT)
+    """L_DR in the network's own range, in which the paper's rates are given, plus |k − k*| where a kernel is estimated:
+    (out, y) -> scalar."""
+    def loss(out, y):
+        images = model.rgb_range * dual.dr_loss(out.images, y, duals, DUAL_WEIGHT)
+        return images if out.kernel is None else images + dual.blind_loss(out.kernel, y["kernel"])
+
+    return loss
 
 
 def pretrained(args: SimpleNamespace) -> tuple[nn.Module, nn.ModuleList, bool]:
     """(model, duals, whether the duals came with it) of --pretrained and --pretrained-dual."""
-    model = evaluate.load_model(args.pretrained, args.arch, args.scale, args.channels)
-    duals = dual.make_duals(model)
-    if not args.pretrained_dual:
+    model, states = evaluate.load_networks(args.pretrained, args.arch, args.scale, args.channels)
+    duals, file = dual.make_duals(model), args.pretrained
+    if args.pretrained_dual:
+        file, states = args.pretrained_dual, evaluate.read_checkpoint(args.pretrained_dual, list)
+    if states is None:
         return model, duals, False
-    states = evaluate.read_checkpoint(args.pretrained_dual, list)
     if len(states) != len(duals):
-        raise ValueError(f"{args.pretrained_dual} holds {len(states)} duals, {args.arch} x{args.scale} has {len(duals)}")
+        raise ValueError(f"{file} holds {len(states)} duals, {args.arch} x{args.scale} has {len(duals)}")
     for i, (d, state) in enumerate(zip(duals, states)):
         try:
             models.load_state(d, state)
         except ValueError as error:
-            raise ValueError(f"{args.pretrained_dual}, dual {i}: {error}") from error
+            raise ValueError(f"{file}, dual {i}: {error}") from error
     return model, duals, True
 
 
@@ -364,7 +383,7 @@ def find_widths(run: Run, args: SimpleNamespace, pictures, state: dict) -> dict:
     half, rest = split(len(pictures))
 
     def batches(part, start: int = 0):
-        return to_device(data.batches(part, args.search_patch, args.search_batch, args.seed, start), args.device)
+        return stream(args, model, part, args.search_patch, args.search_batch, start)
 
     def both(start: int):
         with closing(batches(pictures[:half], start)) as train, closing(batches(pictures[half:rest], start)) as valid:
@@ -428,8 +447,7 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
     for module in (original, model):
         module.to(args.device, memory_format=torch.channels_last)
     duals.to(args.device).requires_grad_(False)
-    source = data.batches(pictures[:CALIBRATION_PICTURES], args.select_patch, args.select_batch, args.seed)
-    with closing(to_device(source, args.device)) as batches:
+    with closing(stream(args, model, pictures[:CALIBRATION_PICTURES], args.select_patch, args.select_batch)) as batches:
         calibration = list(islice(batches, args.select_batches))
     selection = Selection(model)
     pair_number = run.resume("select", dict(selection=selection))
@@ -452,7 +470,9 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
 def report(run: Run, args: SimpleNamespace, states: dict[str, dict]) -> None:
     """Measures bicubic and the networks in `states` ({name: checkpoint}); writes report.json and comparison.png."""
     started, scale = time.monotonic(), args.scale
-    pictures = data.open_folder(args.test, (1, scale)) if args.test else data.photographs((1, scale))
+    with torch.device("meta"):
+        blind = models.build(args.arch, scale).kernel_size
+    pictures = data.open_folder(args.test, (1, scale)) if args.test else data.photographs((1, scale), blind)
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, scale), pictures)}
     costs = {"bicubic": {}}
     for name, state in states.items():
@@ -481,7 +501,8 @@ def print_table(run: Run) -> None:
 
 
 def comparison(rows: dict[str, list], pictures, scale: int, side: int = 192):
-    """uint8 (H, W, 3): a line per picture with the crop of most detail from every upscaler and the original, labelled."""
+    """uint8 (H, W, 3): a line per picture with the crop of most detail from every upscaler and the original, labelled;
+    in the corners the middle of the estimated kernels and of the true one, where there are such."""
     font, bar, gap = ImageFont.load_default(13), 18, 4
     columns = [*rows, "original"]
     canvas = Image.new("RGB", (len(columns) * (side + gap) - gap, len(pictures) * (side + bar + gap) - gap), "white")
@@ -494,6 +515,11 @@ def comparison(rows: dict[str, list], pictures, scale: int, side: int = 192):
             image = high if column == "original" else rows[column][i].image
             label = Path(name).stem if column == "original" else f"{column} {rows[column][i].psnr:.2f} dB"
             canvas.paste(Image.fromarray(image[box]), (j * (side + gap), top + bar))
+            kernel = pictures[i].get("kernel") if column == "original" else rows[column][i].kernel
+            if kernel is not None:
+                middle = slice(max(0, len(kernel) - 15) // 2, (len(kernel) + 15) // 2)
+                inset = evaluate.kernel_picture(kernel[middle, middle], 4)
+                canvas.paste(Image.fromarray(inset), (j * (side + gap) + side - len(inset), top + bar + side - len(inset)))
             draw.text((j * (side + gap) + 2, top + 1), label, "black", font)
     return np.array(canvas)
 
@@ -628,7 +654,11 @@ def main() -> None:
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.arch} x{args.scale} on {device}, preset {args.preset} ({args.why}), {using}, run folder {args.run}")
 
-    # ---- 1 data
+    # ---- 1 data; but first, weights that cannot be used are told now, not after hours
+    if args.pretrained and not (args.run / "train.pt").exists():
+        pretrained(args)
+    if args.teacher and not (args.run / "tune.pt").exists():
+        load_teacher(args)
     with torch.device("meta"):
         model = models.build(args.arch, args.scale)
     scales = tuple(sorted({1, args.scale, *(s for spec in model.dual_spec for s in spec[:2])}))

@@ -3,11 +3,14 @@
     python tests/bench.py compression                                   # what each way to select channels costs and gives
     python tests/bench.py deconvolution                                 # DCLS: one real transform, or a loop over channels
     python tests/bench.py inference --weights runs/drn_s_x4_p30/train.pt --data DIR    # float32, folded, bfloat16
+    python tests/bench.py refit --weights DAT_light_x4.pth --data Set5 --train BSDS400 # masked, cut, refitted
+    python tests/bench.py tiling --weights DAT_light_x4.pth --arch dat_light --data Set14      # what tiles change
 """
 import argparse
 import copy
 import sys
 import time
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data                                                                                           # noqa: E402
 import dual                                                                                           # noqa: E402
 import evaluate                                                                                       # noqa: E402
+import kernels                                                                                        # noqa: E402
 import models                                                                                         # noqa: E402
 import prune                                                                                          # noqa: E402
 import train                                                                                          # noqa: E402
+window_attention = sys.modules["kernels.window_attention"]      # the module; in the package its name is the function
 
 
 def fit(model, duals, pictures, steps: int, rate: float, teacher=None, patch: int = 64, batch: int = 4) -> None:
@@ -99,30 +104,87 @@ def then_add(x, attention, state: dict) -> dict:
     return {**state, "x": x + state["skip"], "skip": None}
 
 
+@contextmanager
+def attention_by(function):
+    """Within the block the transformers use this function for window attention."""
+    usual, kernels.window_attention = kernels.window_attention, function
+    try:
+        yield
+    finally:
+        kernels.window_attention = usual
+
+
 def inference(args: argparse.Namespace) -> None:
-    """The network as the paper writes it, ours, and `models.inference` of it, interleaved: time for a 96×96 input in
-    NCHW, and what changes on real pictures."""
-    model = evaluate.load_model(args.weights, args.arch).eval()
+    """The network as the paper writes it (transformers: roll, partition, softmax, mask made anew), ours, and
+    `models.inference` of it, interleaved: time for a 96×96 input in NCHW, and what changes on real pictures."""
+    if args.weights:
+        model = evaluate.load_model(args.weights, args.arch).eval()
+    else:
+        model = models.build(args.arch).eval()
+        model.start_from_interpolation()
     pictures = data.open_folder(args.data, (1, model.scale)) if args.data else data.photographs((1, model.scale))
-    ways = {"as written in the paper": literal(model), "our forward": model, "inference float32": models.inference(model),
-            "inference bf16": models.inference(model, "bf16")}
+    ours, written = kernels.window_attention, window_attention.reference
+    ways = {"as written in the paper": (literal(model), written), "our forward": (model, ours),
+            "inference float32": (models.inference(model), ours), "inference bf16": (models.inference(model, "bf16"), ours)}
     x = torch.rand(1, 3, 96, 96)                                                             # contiguous: NCHW
     times = {name: [] for name in ways}
     for _ in range(args.repeat + 1):
-        for name, network in ways.items():
-            start = time.perf_counter()
-            with torch.inference_mode():
+        for name, (network, attention) in ways.items():
+            with torch.inference_mode(), attention_by(attention):
+                start = time.perf_counter()
                 network(x)
-            times[name].append(time.perf_counter() - start)
-    print(f"{args.weights}, LR 96x96, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {evaluate.cpu_has_bf16()}")
-    rows = {name: evaluate.evaluate(network, pictures) for name, network in ways.items()}
+                times[name].append(time.perf_counter() - start)
+    print(f"{model.arch} x{model.scale}, {args.weights or 'random weights'}, LR 96x96, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {evaluate.cpu_has_bf16()}")
+    rows = {}
+    for name, (network, attention) in ways.items():
+        with attention_by(attention):
+            rows[name] = evaluate.evaluate(network, pictures)
     first = next(iter(ways))
     print(f"{'':24} {'median s':>9} {'times':>6} {'PSNR-Y':>8} {'largest 8-bit difference':>25}")
     for name, row in rows.items():
         ratio = np.median([a / b for a, b in zip(times[first][1:], times[name][1:])])
         worst = max(int(np.abs(a.image.astype(int) - b.image).max()) for a, b in zip(row, rows[first]))
         print(f"{name:24} {np.median(times[name][1:]):9.3f} {ratio:6.2f} {np.mean([r.psnr for r in row]):8.3f} {worst:>25}")
+
+
+def refit(args: argparse.Namespace) -> None:
+    """What the LayerNorm within DAT's MLP costs: 30 % of every hidden width by the L1 norm of fc2, masked, cut, refitted."""
+    model = evaluate.load_model(args.weights, args.arch).eval().requires_grad_(False)
+    pictures, photographs = (data.open_folder(folder, (1, model.scale)) for folder in (args.data, args.train))
+    calibration = [next(data.batches(photographs, 64 * model.scale, 1, 0))]
+    kept = {pair.name: prune.importance(model, pair).topk(round(0.7 * pair.width)).indices.tolist() for pair in model.pairs()}
+    masked = copy.deepcopy(model)
+    for pair in model.pairs():
+        gone = sorted(set(range(pair.width)) - set(kept[pair.name]))
+        for layer, columns in pair.consumers:
+            masked.get_submodule(layer).weight[:, columns[gone].flatten()] = 0
+    ways = {"uncut": model, "masked": masked, "cut": prune.cut(masked, kept), "cut and refitted": prune.cut(masked, kept, calibration)}
+    for name, network in ways.items():
+        print(f"{name:18} {psnr(network, pictures):8.3f} dB {sum(p.numel() for p in network.parameters()):10,} parameters")
+
+
+def tiling(args: argparse.Namespace) -> None:
+    """What tiles change: the largest and mean 8-bit difference to the untiled picture, everywhere and near the seams."""
+    model = models.inference(evaluate.load_model(args.weights, args.arch))
+    for name, picture in ((name, pictures[i]) for pictures in [data.open_folder(args.data, (1, model.scale))]
+                          for i, name in enumerate(pictures.names)):
+        whole = evaluate.upscale(model, picture[1]).astype(int)
+        tiled = evaluate.upscale(model, picture[1], args.tile).astype(int)
+        error = np.abs(whole - tiled)
+        seams = seam_mask(picture[1].shape[:2], args.tile, model.scale)
+        print(f"{name:20} {evaluate.size(picture[1]):>9}  largest {error.max():3d}  mean {error.mean():.4f}  "
+              f"largest at a seam {error[seams].max() if seams.any() else 0:3d}")
+
+
+def seam_mask(size, tile: int, scale: int):
+    """(H, W) bool: within 8 LR pixels of where one tile takes over from another."""
+    near = []
+    for length in size:
+        starts, _ = evaluate.tile_starts(length, tile, evaluate.OVERLAP)
+        seams = np.array([start + evaluate.OVERLAP for start in starts[1:]])
+        near.append((np.abs(np.arange(length)[:, None] - seams) < 8).any(1).repeat(scale))
+    return near[0][:, None] | near[1]
 
 
 def channel_by_channel(x, kernel, prior):
@@ -189,11 +251,23 @@ def main() -> None:
     add.add_argument("--tune-steps", type=int, default=500)
     add.set_defaults(run=compression)
     add = commands.add_parser("inference")
-    add.add_argument("--weights", required=True)
+    add.add_argument("--weights")
     add.add_argument("--arch")
     add.add_argument("--data")
     add.add_argument("--repeat", type=int, default=7)
     add.set_defaults(run=inference)
+    add = commands.add_parser("refit")
+    add.add_argument("--weights", required=True)
+    add.add_argument("--arch", default="dat_light")
+    add.add_argument("--data", required=True)
+    add.add_argument("--train", required=True, help="folder of the calibration picture")
+    add.set_defaults(run=refit)
+    add = commands.add_parser("tiling")
+    add.add_argument("--weights", required=True)
+    add.add_argument("--arch")
+    add.add_argument("--data", required=True)
+    add.add_argument("--tile", type=int, default=128)
+    add.set_defaults(run=tiling)
     add = commands.add_parser("deconvolution")
     add.add_argument("--size", type=int, default=96)
     add.add_argument("--repeat", type=int, default=30)

@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(GOLDEN)]
 
 import rule                                                                                           # noqa: E402
 
+import data                                                                                           # noqa: E402
 import dual                                                                                           # noqa: E402
 import evaluate                                                                                       # noqa: E402
 import models                                                                                         # noqa: E402
@@ -58,6 +59,19 @@ def tiny_dat(scale: int = 4, widths=None):
     return model, fill(dual.make_duals(model))
 
 
+def tiny_dcls(scale: int = 4, widths=None):
+    """DCLS with 1 group of 2 blocks and its dual, with the golden weights."""
+    sizes = dict(filters=models.PRESETS["dcls"][1][scale]["filters"], feats=16, groups=1, blocks=2, latent=12)
+    model = fill(models.DCLS("dcls", scale, **sizes, widths=widths), gain=0.3)
+    return model, fill(dual.make_duals(model))
+
+
+def blind_batch(seed: int, low: int = 8) -> dict:
+    """Images too small for data.degrade, with some kernel as the true one."""
+    high = rule.image(seed, 1, 4 * low, 4 * low)
+    return {1: F.avg_pool2d(high, 4), 4: high, "kernel": data.blind_kernels(1, 31, torch.Generator().manual_seed(seed))}
+
+
 def pooled_batch(seed: int, n: int, low: int, scale: int = 4) -> dict:
     """The batches of the golden pruning numbers: {scale: images}, the smaller ones by average pooling."""
     high = rule.image(seed, n, low * scale, low * scale)
@@ -66,6 +80,10 @@ def pooled_batch(seed: int, n: int, low: int, scale: int = 4) -> dict:
 
 def native_loss(duals, rgb_range: float = 255):
     return lambda out, y: rgb_range * dual.dr_loss(out.images, y, duals)
+
+
+def blind_loss(duals):
+    return lambda out, y: dual.dr_loss(out.images, y, duals) + dual.blind_loss(out.kernel, y["kernel"])
 
 
 def run_command(module, monkeypatch, capsys, *arguments):

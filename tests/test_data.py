@@ -300,12 +300,41 @@ def test_cache_limit_and_sharing(tmp_path, monkeypatch):
         part[3]
 
 
+def test_blurred_set_is_matched_by_number(tmp_path):
+    for i in (1, 2, 10):
+        save(tmp_path / "gt" / f"img_{i}_gt.png", picture(17, 24, i))
+        save(tmp_path / "lr_x4" / f"im_{i}.png", picture(4, 6, 100 + i))
+    (tmp_path / "gt_k_x4").mkdir()
+    p = data.open_folder(tmp_path, (1, 4))
+    assert p.names == ["img_10_gt.png", "img_1_gt.png", "img_2_gt.png"]
+    for y, i in zip(p, (10, 1, 2)):
+        assert same(y, {1: picture(4, 6, 100 + i), 4: picture(17, 24, i)[:16]})
+    with pytest.raises(ValueError, match="img_10_gt.png has no blurred picture .* in .*lr_x2: .* another scale"):
+        data.open_folder(tmp_path, (1, 2))
+    (tmp_path / "lr_x4" / "im_2.png").unlink()
+    with pytest.raises(ValueError, match="img_2_gt.png has no blurred picture"):
+        data.open_folder(tmp_path, (1, 4))
+
+
 def test_photographs():
     p = data.photographs((1, 4))
     assert len(p) == 8 and p.names[0] == "astronaut" and "ihc" in p.names
     y = p[0]
     assert y[4].shape == (512, 512, 3) and same(y, {1: data.imresize(y[4], 1 / 4), 4: y[4]})
     assert all(x[4].shape[0] == 4 * x[1].shape[0] and x[4].std() > 20 for x in p[1:3])
+
+
+def test_blurred_photographs_are_always_the_same(monkeypatch):
+    drawn, blind_kernels = [], data.blind_kernels
+    monkeypatch.setattr(data, "blind_kernels", lambda *args: drawn.append(blind_kernels(*args)) or drawn[-1])
+    plain, a, b = data.photographs((1, 4)), data.photographs((1, 4), 31), data.photographs((1, 4), 31)
+    for i in (1, 2):
+        assert same(a[i], b[i]) and np.array_equal(a[i]["kernel"], b[i]["kernel"])
+        assert a[i]["kernel"].shape == (31, 31) and a[i]["kernel"].dtype == np.float32
+        assert np.array_equal(a[i][4], plain[i][4]) and a[i][1].shape == plain[i][1].shape
+        detail, sharp = (np.abs(np.diff(p[i][1].astype(int), axis=0)).mean() for p in (a, plain))
+        assert detail < 0.8 * sharp
+    assert len(drawn) == 4 and torch.equal(drawn[0], drawn[1]) and (drawn[0] - drawn[2]).abs().max() > 0.001
 
 
 # ---- synthetic pictures ----------------------------------------------------------------------------------------------
@@ -457,3 +486,128 @@ def test_no_hang_at_exit():
         run = subprocess.run([sys.executable, "-c", code + ending], capture_output=True, text=True, timeout=60,
                              env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)})
         assert (run.returncode, run.stdout) == (expected, "done\n"), run.stderr
+
+
+# ---- blind batches ---------------------------------------------------------------------------------------------------
+
+def brute_kernels(count, size, seed):
+    """Setting 2 from its covariance matrices, one weight at a time, in float64, with the same random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.rand(count, 1, 1, 1, generator=generator).flatten().double().tolist() for _ in range(3)]
+    noise = torch.rand(count, 1, size, size, generator=generator)[:, 0].double().numpy()
+    kernels = np.zeros((count, size, size))
+    for n, (a, b, turn) in enumerate(zip(*draws)):
+        angle = -math.pi + 2 * math.pi * turn
+        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        covariance = rotation @ np.diag([(0.6 + 4.4 * a) ** 2, (0.6 + 4.4 * b) ** 2]) @ rotation.T
+        for i, j in itertools.product(range(size), repeat=2):
+            p = np.array([j - size // 2, i - size // 2])
+            kernels[n, i, j] = math.exp(-p @ np.linalg.inv(covariance) @ p / 2) * (1 + 0.25 * noise[n, i, j])
+        kernels[n] /= kernels[n].sum()
+    return kernels
+
+
+def brute_blur(channel, kernel):
+    half, (height, width) = len(kernel) // 2, channel.shape
+    padded, out = np.pad(channel, half, "reflect"), np.zeros_like(channel)
+    for i, j in itertools.product(range(len(kernel)), repeat=2):  # the image at x - p, weighted by the kernel at p
+        out += kernel[i, j] * padded[2 * half - i:2 * half - i + height, 2 * half - j:2 * half - j + width]
+    return out
+
+
+def brute_correction(blurred, clean, size, epsilon):
+    """blurred, clean: (3, h, w) float64."""
+    colours = []
+    for b, c in zip(blurred, clean):
+        spectrum = np.fft.fft2(c)
+        r = np.fft.ifft2(np.conj(spectrum) * np.fft.fft2(b) / (np.abs(spectrum) ** 2 + epsilon)).real
+        colours.append(np.array([[r[(i - size // 2) % len(r), (j - size // 2) % r.shape[1]] for j in range(size)]
+                                 for i in range(size)]))
+    k = sum(colours) / 3
+    k[colours[0] * colours[1] * colours[2] <= 0] = 0
+    k = np.clip(k - 0.75 * sorted(k.flatten())[-41], 0, 1)
+    return k / k.sum()
+
+
+def photograph_patches(count, side):
+    import skimage.data
+    image = skimage.data.astronaut()
+    patches = [image[60 + 90 * i:60 + 90 * i + side, 150:150 + side] for i in range(count)]
+    return torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("scale, size, side", [(4, 31, 132), (2, 11, 30)])
+def test_degradation_equals_brute_force(scale, size, side):
+    high, epsilon = photograph_patches(2, side), 1e-4
+    made = data.degrade(high, scale, size, torch.Generator().manual_seed(3), epsilon)
+    exact = data.degrade(high.double(), scale, size, torch.Generator().manual_seed(3), epsilon)
+    assert list(made) == [1, scale, "kernel"] and made[scale] is high and made["kernel"].dtype == torch.float32
+    kernels = brute_kernels(2, size, 3)
+    assert np.abs(data.blind_kernels(2, size, torch.Generator().manual_seed(3))[:, 0].numpy() - kernels).max() < 1e-7
+    for n in range(2):
+        clean = high[n].double().numpy()
+        blurred = np.stack([brute_blur(channel, kernels[n]) for channel in clean])
+        ours = data.blur(high[n:n + 1].double(), torch.from_numpy(kernels[n])[None, None])[0].numpy()
+        assert np.abs(ours - blurred).max() < 1e-14
+        low_blurred, low_clean = (brute_axis(brute_axis(x, 1, 1 / scale, "clamp"), 2, 1 / scale, "clamp")
+                                  for x in (blurred, clean))
+        low = np.floor(np.clip(low_blurred, 0, 1) * 255 + 0.5) / 255
+        assert np.abs(exact[1][n].numpy() - low).max() < 1e-12
+        assert (np.abs(made[1][n].numpy() - low) > 1e-6).mean() < 0.001          # float32 may round a tie differently
+        k = brute_correction(low_blurred, low_clean, size, epsilon)
+        assert np.abs(exact["kernel"][n, 0].numpy() - k).max() < 2e-6 and k.max() > 0.03   # HR kernels are float32
+        assert np.abs(made["kernel"][n, 0].numpy() - k).mean() < 0.01 * k.mean()
+
+
+def test_corrected_kernel_finds_the_kernel_of_a_periodic_blur():
+    clean = torch.rand(2, 3, 40, 36, dtype=torch.float64)
+    true = torch.zeros(2, 1, 31, 31, dtype=torch.float64)
+    true[:, 0, 13:18, 12:19] = 0.5 + torch.rand(2, 5, 7, dtype=torch.float64)              # 35 weights: the 41st is 0
+    true /= true.sum((2, 3), keepdim=True)
+    shift = [(i - 15, j - 15) for i, j in itertools.product(range(31), repeat=2)]
+    blurred = sum(w.view(2, 1, 1, 1) * clean.roll(s, (2, 3)) for w, s in zip(true.flatten(1).T, shift))
+    assert (data.corrected_kernel(blurred, clean, 31, 1e-20) - true).abs().max() < 1e-9
+    assert (data.corrected_kernel(blurred, clean, 31, 1e-4) - true).abs().max() < 1e-4
+
+
+def test_corrected_kernels_of_photographs_are_useful():
+    """They peak in the middle, and there they are near the HR kernel summed over the 4x4 pixels of an LR pixel."""
+    high = torch.cat([photograph_patches(4, 128)] * 10)
+    k = data.degrade(high, 4, 31, torch.Generator().manual_seed(0))["kernel"]
+    true = data.blind_kernels(40, 31, torch.Generator().manual_seed(0))
+    assert torch.allclose(k.sum((1, 2, 3)), torch.ones(40)) and (k >= 0).all()
+    assert (k.flatten(1).argmax(1) == 15 * 31 + 15).all()
+    summed = F.conv2d(true, torch.ones(1, 1, 4, 4), padding=2)[..., 8:25:4, 8:25:4]                   # (40, 1, 5, 5)
+    pairs = zip(k[..., 13:18, 13:18].flatten(1), summed.flatten(1))
+    assert np.median([np.corrcoef(a, b)[0, 1] for a, b in pairs]) > 0.9
+    assert np.corrcoef(k[:, 0, 15, 15], summed[:, 0, 2, 2])[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("height, width, words", [
+    (120, 128, "128x120 .* multiples of 4 and at least 124"), (126, 128, "128x126")])
+def test_degradation_refuses(height, width, words):
+    with pytest.raises(ValueError, match=words):
+        data.degrade(torch.rand(1, 3, height, width), 4, 31, torch.Generator())
+
+
+def test_blind_batches_continue_and_close():
+    p, closed = data.generate(3, 128, (1, 2), 0, workers=1), []
+
+    def stream(start):
+        try:
+            yield from data.batches(p, 48, 2, 5, start)
+        finally:
+            closed.append(start)
+
+    inner = stream(0)
+    source = data.blind(inner, 11, 5)
+    first = [next(source) for _ in range(4)]
+    source.close()
+    assert closed == [0]
+    again = data.blind(stream(2), 11, 5, start=2)
+    for expected in first[2:]:
+        assert all(torch.equal(expected[key], value) for key, value in next(again).items())
+    assert first[0][1].shape == (2, 3, 24, 24) and not torch.equal(first[0]["kernel"], first[1]["kernel"])
+    assert torch.equal(first[0][2], next(data.batches(p, 48, 2, 5))[2])                     # the originals stay
+    other = next(data.blind(data.batches(p, 48, 2, 5), 11, 6))
+    assert not torch.equal(other["kernel"], first[0]["kernel"])

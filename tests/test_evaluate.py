@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command
+from dcls_draft import DCLS
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
@@ -218,6 +219,8 @@ def tiny_preset(monkeypatch):
     torch.set_num_threads(1)
     sizes = dict(feats=4, blocks=2)
     monkeypatch.setitem(models.PRESETS, "tiny", (models.PRESETS["drn_s"][0], {4: sizes, 8: sizes}))
+    sizes = dict(filters=(11, 9, 7, 5, 3), feats=16, groups=1, blocks=1, latent=4)
+    monkeypatch.setitem(models.PRESETS, "tiny_blind", (DCLS, {4: sizes}))
     yield
     torch.set_num_threads(threads)
 
@@ -376,6 +379,11 @@ def is_one_sentence(stderr, code):
     (1, "--weights {good} --input {clear} --output o.jpg", "transparent parts"),
     (1, "--weights {good} --input {clear} --output missing/o.png", "its folder does not exist"),
     (1, "--weights {good} --input {long} --output o.webp", "16383 pixels a side"),
+    (1, "--weights {good} --input {clear} --output o.png --kernel k.png", "--kernel k.png: only a blind network"),
+    (1, "--weights {blind} --input {clear} --output o.png --kernel missing/k.png", "missing/k.png: its folder does not"),
+    (1, "--weights {blind} --input {long} --output o.png", "image of 4096x1 pixels: give at least 7x7"),
+    (2, "--weights {good} --kernel k.png", "--kernel belongs to --input"),
+    (2, "--weights {good} --input {clear} --output o.png --kernel k.jpg", "--kernel k.jpg: use a name with .png"),
     (2, "--weights {good} --input {clear} --output o.xyz", "unknown extension"),
     (2, "--weights {good} --input {clear} --output o", "unknown extension"),
     (2, "--weights {good} --input {clear}", "need each other"),
@@ -392,8 +400,9 @@ def is_one_sentence(stderr, code):
     (2, "--bicubic", "--bicubic needs --scale"), (2, "--bicubic --scale 1", "at least 2")])
 def test_refusals(code, arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    files = {name: f"{name}.pt" for name in ("good", "plain", "evil")} | {"clear": "clear.png", "long": "long.png"}
+    files = {name: f"{name}.pt" for name in ("good", "plain", "evil", "blind")} | {"clear": "clear.png", "long": "long.png"}
     checkpoint(files["good"])
+    blind_checkpoint(files["blind"])
     torch.save(tiny().state_dict(), files["plain"])
     torch.save({"model": Evil(tmp_path / "marker")}, files["evil"])
     Image.new("RGBA", (9, 7), (255, 0, 0, 90)).save("clear.png")
@@ -542,3 +551,104 @@ def test_bicubic_alone(tmp_path, monkeypatch, capsys):
     Image.fromarray(picture(48, 48)).save(tmp_path / "p.png")
     code, out, _ = call(monkeypatch, capsys, "--bicubic", "--scale", "3", "--arch", "drn_s", "--data", tmp_path)
     assert code == 0 and "bicubic" in out and "parameters" not in out and "drn_s" not in out
+
+
+# ---- blind networks
+class Blind(nn.Module):
+    """Its kernel points to the brightest corner; its image is the picture, blurred by the kernel that it is given."""
+    scale = 1
+
+    def __init__(self):
+        super().__init__()
+        self.estimated, self.given, self.sizes = 0, [], []
+
+    def estimate(self, x):
+        self.estimated += 1
+        self.sizes.append(tuple(x.shape[2:]))
+        kernel = torch.zeros(1, 1, 3, 3)
+        corners = x.mean(1)[0][[0, 0, -1, -1], [0, -1, 0, -1]]
+        kernel[0, 0].flatten()[[0, 2, 6, 8][int(corners.argmax())]] = 1
+        return kernel
+
+    def forward(self, x, kernel):
+        self.given.append(kernel)
+        blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate").transpose(0, 1), kernel.flip(2, 3)).transpose(0, 1)
+        return models.SR({1: blurred}, kernel)
+
+
+def blind_checkpoint(path):
+    torch.manual_seed(0)
+    net = models.build("tiny_blind")
+    net.start_from_interpolation()
+    torch.save(dict(arch="tiny_blind", scale=4, widths=net.widths, model=net.state_dict()), path)
+    return net
+
+
+def test_one_kernel_serves_all_tiles_and_turns_with_the_picture():
+    low, net = picture(150, 100), Blind().eval()
+    low[0, -1] = 255
+    whole = evaluate.upscale(net, low)
+    assert np.array_equal(whole[:-1, 1:], low[1:, :-1])                        # moved to the upper right, by convolution
+    tiled, kernel = evaluate.upscale(net, low, 96, 16), net.given[0]
+    assert np.array_equal(tiled, whole) and net.estimated == 2 and len(net.given) > 3
+    assert all(torch.equal(k, kernel) for k in net.given)
+    net = Blind().eval()
+    assert np.array_equal(evaluate.upscale(net, low, ensemble=True), whole) and net.estimated == 1 and len(net.given) == 8
+    other = np.zeros((3, 3), np.float32)
+    other[1, 1] = 1
+    assert np.array_equal(evaluate.upscale(net, low, kernel=other), low) and net.estimated == 1
+
+
+def test_kernels_of_big_pictures_are_of_their_centre(monkeypatch):
+    net, low = Blind(), picture(40, 60)
+    low[15, 34] = 255                                                          # upper right of the central 10x10
+    monkeypatch.setattr(evaluate, "AUTO_PIXELS", 100)
+    assert evaluate.estimate_kernel(net, low)[0, 2] == 1 and net.sizes == [(10, 10)]
+    monkeypatch.setattr(evaluate, "AUTO_PIXELS", 2400)
+    assert evaluate.estimate_kernel(net, low).shape == (3, 3) and net.sizes[1] == (40, 60)
+    assert evaluate.estimate_kernel(tiny(), low) is None
+
+
+def test_kernel_picture():
+    image = evaluate.kernel_picture(np.array([[0, 0.1], [-0.2, 0.4]]), 2)
+    assert np.array_equal(image, np.array([[0, 0, 64, 64]] * 2 + [[0, 0, 255, 255]] * 2)) and image.dtype == np.uint8
+
+
+def test_input_writes_its_kernel(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net, low = blind_checkpoint("a.pt"), picture(20, 30)
+    Image.fromarray(low).save("in.png")
+    code, out, err = call(monkeypatch, capsys, "--weights", "a.pt", "--input", "in.png", "--output", "o.png", "--kernel",
+                          "k.png", "--device", "cpu")
+    assert code == 0 and "o.png: 30x20 -> 120x80" in out, err
+    expected = evaluate.kernel_picture(evaluate.estimate_kernel(net, low))
+    assert Image.open("k.png").mode == "L" and np.array_equal(np.asarray(Image.open("k.png")), expected)
+    assert expected.shape == (248, 248) and np.array_equal(np.asarray(Image.open("o.png")), evaluate.upscale(net, low))
+
+
+def test_evaluation_of_blurred_photographs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PHOTOGRAPHS", ("chelsea.png", "coffee.png"))
+    net = blind_checkpoint(tmp_path / "a.pt")
+    code, out, err = call(monkeypatch, capsys, "--weights", tmp_path / "a.pt", "--save", tmp_path / "out",
+                          "--device", "cpu")
+    assert code == 0, err
+    pictures = data.photographs((1, 4), 31)
+    rows = evaluate.evaluate(net, pictures)
+    error = np.mean([np.abs(row.kernel - pictures[i]["kernel"]).mean() for i, row in enumerate(rows)])
+    assert f"blur kernels: mean |k - k*| {error:.2e}" in out
+    assert re.search(rf"chelsea +{rows[0].psnr:.3f} {rows[0].ssim:.5f}", out)
+    saved = np.asarray(Image.open(tmp_path / "out" / "coffee_kernel.png"))
+    assert np.array_equal(saved, evaluate.kernel_picture(rows[1].kernel))
+
+
+def test_evaluation_of_a_blurred_set(tmp_path, monkeypatch, capsys):
+    for folder in ("gt", "lr_x4"):
+        (tmp_path / folder).mkdir()
+    for i in (1, 2):
+        Image.fromarray(picture(96, 80, i)).save(tmp_path / "gt" / f"img_{i}_gt.png")
+        Image.fromarray(picture(24, 20, 9 + i)).save(tmp_path / "lr_x4" / f"im_{i}.png")
+    net = blind_checkpoint(tmp_path / "a.pt")
+    code, out, err = call(monkeypatch, capsys, "--weights", tmp_path / "a.pt", "--data", tmp_path, "--device", "cpu")
+    assert code == 0 and "blur kernels" not in out, err
+    expected = evaluate.psnr_y(evaluate.upscale(net, picture(24, 20, 11)), picture(96, 80, 2), 4)
+    assert re.search(rf"img_2_gt.png +{expected:.3f}", out)

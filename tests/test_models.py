@@ -3,16 +3,19 @@ import ast
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, difference, fill, golden, rule, tiny_dat, tiny_drn, tiny_swinir
+import torch.nn.functional as F
+from conftest import GOLDEN, ROOT, difference, fill, golden, rule, tiny_dat, tiny_dcls, tiny_drn, tiny_swinir
 
 import data
 import dual
 import evaluate
 import models
 
-DRN, TRANSFORMERS = golden("drn"), golden("swinir") | golden("dat")
+DRN, TRANSFORMERS, DCLS = golden("drn"), golden("swinir") | golden("dat"), golden("dcls")
+DCLS_PRUNED = [int(n) for n in (GOLDEN / "channels" / "DCLS_prune03.txt").read_text().split()]
 
 
 REAL = (30.626, 0.92069)                     # of "astronaut" with DAT-light x4, whose Set5 is the published 32.57 / 0.8991
@@ -191,6 +194,161 @@ def test_real_weights_give_the_published_quality():
     file = Path(found.origin).parent / "resources" / "DAT_light_x4.pth"
     rows = evaluate.evaluate(evaluate.load_model(file, "dat_light"), data.photographs((1, 4))[:1])
     assert (rows[0].psnr, rows[0].ssim) == (pytest.approx(REAL[0], abs=0.005), pytest.approx(REAL[1], abs=0.0002))
+
+
+# ---- DCLS
+@pytest.mark.parametrize("name, channels", [("dcls_x4", None), ("dcls_drc_x4", DCLS_PRUNED)])
+def test_dcls_is_the_authors(name, channels):
+    expected = DCLS[name]
+    model = fill(models.build("dcls", 4, channels), gain=0.3)
+    back = fill(dual.make_duals(model)[0], "dual_model.", 0.3).double()
+    assert sum(p.numel() for p in model.parameters()) == expected["params"]
+    assert sum(p.numel() for p in back.parameters()) == expected["dual_params"]
+    assert len(model.state_dict()) == expected["names"] and len(model.pairs()) == 57
+    low = rule.image(0, 1, 24, 24)
+    with torch.no_grad():
+        assert difference(model.estimate(low), expected["cases"][0]["kernel"]) < 5e-6           # float32
+        model.double()                                             # the deconvolution divides by numbers down to 1e-14
+        for case in expected["cases"]:
+            out = model(rule.image(case["seed"], case["n"], case["h"], case["w"]).double())
+            assert difference(out.images[4], case["sr"]) < 1e-9
+            assert difference(out.kernel, case["kernel"]) < 1e-9
+            assert difference(back(out.images[4]), case["sr2lr"]) < 1e-9
+
+
+def test_dcls_x2_has_its_own_kernel():
+    model, duals = tiny_dcls(2)
+    x = rule.image(1, 2, 12, 9)
+    out = model(x)
+    assert out.images[2].shape == (2, 3, 24, 18) and out.kernel.shape == (2, 1, 11, 11) and model.kernel_size == 11
+    assert torch.allclose(out.kernel.sum((1, 2, 3)), torch.ones(2))
+    assert duals[0](out.images[2]).shape == x.shape
+    with torch.device("meta"):
+        whole = models.build("dcls", 2)
+    linear = [sum(16 * c * size ** 2 for c, size in zip(channels, filters)) * 257 for channels, filters in (
+        ((3, 16, 16, 16, 3), (11, 9, 7, 5, 3)), ((3, 16, 16, 3), (7, 3, 3, 1)))]
+    assert sum(p.numel() for p in whole.parameters()) == 19_054_027 - linear[0] + linear[1] - (64 * 9 + 1) * 256
+
+
+def test_every_image_has_its_own_kernel_and_a_given_one_is_used():
+    model, _ = tiny_dcls()
+    x = rule.image(2, 2, 9, 12)
+    out = model(x)
+    assert torch.equal(model.estimate(x), out.kernel)
+    assert torch.allclose(model.estimate(x[1:]), out.kernel[1:], rtol=1e-4)
+    assert not torch.allclose(out.kernel[0], out.kernel[1], rtol=1e-3)
+    assert torch.equal(model(x, out.kernel).images[4], out.images[4])
+    swapped = model(x, out.kernel.flip(0))
+    assert torch.equal(swapped.kernel, out.kernel.flip(0)) and not torch.equal(swapped.images[4], out.images[4])
+
+
+def test_images_do_not_train_the_estimator():
+    model, _ = tiny_dcls()
+    out = model(rule.image(3, 1, 8, 8))
+    out.images[4].sum().backward(retain_graph=True)
+    assert all(p.grad is None for p in model.Estimator.parameters())
+    assert all(p.grad is not None for p in model.Restorer.parameters())
+    dual.blind_loss(out.kernel, torch.zeros_like(out.kernel)).backward()
+    assert all(p.grad is not None for p in model.Estimator.parameters())
+
+
+def test_blind_loss_is_its_equation():
+    k, true = torch.rand(2, 1, 5, 5), torch.rand(2, 1, 5, 5)
+    assert torch.allclose(dual.blind_loss(k, true), sum(abs(a - b) for a, b in zip(k.flatten(), true.flatten())) / 50)
+
+
+def one_channel(x, kernel, prior):
+    """deconvolve of one channel by complex transforms of wrapped kernels: x (h, w), kernel (k, k), prior (p, p)."""
+    k = len(kernel)
+    padded = np.pad(x, k, "edge")
+
+    def otf(f):
+        wrapped = np.zeros_like(padded)
+        for i in range(len(f)):
+            for j in range(len(f)):
+                wrapped[(i - len(f) // 2) % len(padded), (j - len(f) // 2) % padded.shape[1]] += f[i, j]
+        return np.fft.fft2(wrapped)
+
+    blur, penalty = otf(kernel), otf(prior)
+    z = np.fft.ifft2(np.conj(blur) * np.fft.fft2(padded) / (abs(blur) ** 2 + abs(penalty) ** 2)).real
+    return z[k:-k, k:-k]
+
+
+@pytest.mark.parametrize("height, width, k", [(10, 13, 5), (9, 8, 31), (7, 7, 11)])
+def test_deconvolution_equals_a_loop_over_channels(height, width, k):
+    shapes = ((2, 3, height, width), (2, 1, k, k), (2, 3, 3, 3))
+    x, kernel, prior = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    z = models.deconvolve(x, kernel, prior)
+    for n in range(2):
+        for c in range(3):
+            expected = one_channel(x[n, c].numpy(), kernel[n, 0].numpy(), prior[n, c].numpy())
+            assert np.abs(z[n, c].numpy() - expected).max() < 1e-10 * np.abs(expected).max()
+    assert models.deconvolve(x.float(), kernel.float(), prior.float()).dtype == torch.float32
+
+
+def test_deconvolution_has_the_right_gradient():
+    inputs = [torch.randn(1, c, n, n, dtype=torch.float64, requires_grad=True) for c, n in ((2, 4), (1, 5), (2, 3))]
+    assert torch.autograd.gradcheck(models.deconvolve, inputs)
+
+
+def test_deconvolution_undoes_a_blur():
+    """Of a periodic image whose borders are constant: there replication is exact."""
+    x = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    x[..., 18:22, 17:23] = torch.rand(4, 6, dtype=torch.float64)
+    kernel = data.blind_kernels(1, 11, torch.Generator().manual_seed(1)).double()
+    blurred = F.conv2d(x, kernel.flip(2, 3), padding=5)
+    prior = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.float64).view(1, 1, 3, 3) * 1e-6
+    assert (models.deconvolve(blurred, kernel, prior) - x).abs().max() < 0.02 < (blurred - x).abs().max()
+
+
+@pytest.mark.parametrize("size", [(6, 9), (9, 6), (1, 1)])
+def test_too_small_an_image_for_dcls_is_refused(size):
+    with pytest.raises(ValueError, match=f"image of {size[1]}x{size[0]} pixels: give at least 7x7"):
+        tiny_dcls()[0](torch.rand(1, 3, *size))
+    assert tiny_dcls()[0](torch.rand(1, 3, 7, 7)).images[4].shape == (1, 3, 28, 28)
+
+
+def test_dcls_starts_near_interpolation_with_a_narrow_kernel():
+    torch.manual_seed(0)
+    model = models.DCLS("dcls", 4, (11, 9, 7, 5, 3), blocks=1)
+    x = F.avg_pool2d(rule.image(3, 1, 96, 96), 4)                                                         # smooth
+    enlarged = F.interpolate(x, scale_factor=4, mode="bicubic", align_corners=False)[..., 8:-8, 8:-8]
+    before = (model(x).images[4][..., 8:-8, 8:-8] - enlarged).abs().mean()
+    model.start_from_interpolation()
+    out = model(x)
+    assert (out.images[4][..., 8:-8, 8:-8] - enlarged).abs().mean() < before / 20
+    y, z = torch.meshgrid(*[torch.arange(31.) - 15] * 2, indexing="ij")
+    assert 0.3 < (out.kernel[0, 0] * (y ** 2 + z ** 2) / 2).sum() < 1.2 and out.kernel.max() == out.kernel[0, 0, 15, 15]
+
+
+def test_bfloat16_dcls_keeps_kernel_deconvolution_and_last_layer():
+    model, _ = tiny_dcls()
+    fast, x = models.inference(model, "bf16"), rule.image(1, 1, 12, 12)
+    kept = (fast.Estimator.dec[0], fast.Restorer.head2.reduce_feature, fast.Restorer.upscale[4])
+    assert {layer.weight.dtype for layer in kept} == {torch.float32}
+    assert fast.Restorer.body[0]["body"][0].body1[0].weight.dtype == torch.bfloat16
+    out = fast(x)
+    assert out.images[4].dtype == out.kernel.dtype == torch.float32
+    assert torch.allclose(out.kernel, model(x).kernel, rtol=1e-4)                   # not even its weights are rounded
+    assert 0 < (out.images[4] - models.inference(model)(x).images[4]).abs().mean() < 0.02
+
+
+def test_steps_of_dcls_begin_with_all_consumers():
+    model, _ = tiny_dcls()
+    x, pairs, steps = rule.image(1, 1, 9, 8), model.pairs(), model.steps()
+    assert [pair.name for pair in pairs] == list(model.widths) and len(steps) == len(pairs) + 1 == 10
+    state = steps[0](model.begin(x))
+    for pair, step in zip(pairs, steps[1:]):
+        seen = []
+        hooks = [model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+                 for layer, _ in pair.consumers]
+        before, state = state["x"], step(state)
+        for hook in hooks:
+            hook.remove()
+        assert before.shape[1] == pair.width and len(seen) == len(pair.consumers)
+        assert all(x is before for x in seen)                                       # a step begins with its consumers
+    assert [len(pair.consumers) for pair in pairs] == [1, 1, 1, 5, 1, 1, 1, 1, 1]
+    assert torch.equal(model.finish(state).images[4], model(x).images[4])
 
 
 # ---- widths and what is refused

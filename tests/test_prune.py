@@ -4,7 +4,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import difference, golden, native_loss, pooled_batch, rule, tiny_dat, tiny_drn, tiny_swinir
+from conftest import (blind_batch, blind_loss, difference, golden, native_loss, pooled_batch, rule, tiny_dat, tiny_dcls, tiny_drn,
+                      tiny_swinir)
 
 import evaluate
 import prune
@@ -296,3 +297,50 @@ def test_search_and_budget_of_transformers(tiny):
                           budget=prune.Budget(cost, limit))
     assert 0.99 * limit <= cost(widths) <= limit
     assert all(n // pair.count in prune.candidates(pair.width, 0.1) for n, pair in zip(widths.values(), model.pairs()))
+
+
+# ---- DCLS
+def test_selection_of_dcls_compares_features_of_every_pair_and_the_cut_is_masking():
+    """The loss given here is 0, so what selection minimises is the feature term alone: no pair may lack it."""
+    model, _ = tiny_dcls()
+    calibration, records = [{1: rule.image(5, 1, 8, 8)}], {}
+    widths = {name: n - 3 for name, n in model.widths.items()}
+    kept = prune.select(model, calibration, lambda out, y: 0 * out.images[4].sum(), widths, rate=1e-5, per_round=8,
+                        reuse=True, on_pair=lambda pair, done, losses: records.update({pair.name: losses}))
+    assert list(records) == list(model.widths) and all(losses[0] > 0 for losses in records.values())
+    assert {name: len(set(order)) for name, order in kept.items()} == widths
+    smaller, x = prune.cut(model, kept).double(), rule.image(6, 1, 10, 9).double()
+    wanted, got = model.double()(x), smaller(x)
+    assert smaller.widths == widths
+    assert torch.allclose(got.kernel, wanted.kernel, rtol=1e-9)
+    assert torch.allclose(got.images[4], wanted.images[4], atol=1e-9)
+
+
+def test_caching_changes_nothing_in_a_blind_network():
+    calibration, results = [blind_batch(5), blind_batch(6)], []
+    for cache in (True, False):
+        model, duals = tiny_dcls()
+        widths = {name: 2 for name in model.widths}
+        kept = prune.select(model, calibration, blind_loss(duals.requires_grad_(False)), widths, rate=1e-5, cache=cache)
+        results.append((kept, model.state_dict()))
+    (kept_a, a), (kept_b, b) = results
+    assert kept_a == kept_b and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_importance_of_the_latent_is_over_all_five_consumers():
+    model, _ = tiny_dcls()
+    pair = model.pairs()[3]
+    expected = sum(dec.weight.abs().sum(0) for dec in model.Estimator.dec)
+    assert pair.name == "estimator.latent" and torch.allclose(prune.importance(model, pair), expected)
+    assert prune.cut(model, {pair.name: [5, 1]}).Estimator.dec[2].weight.equal(model.Estimator.dec[2].weight[:, [1, 5]])
+
+
+def test_search_moves_every_alpha_of_a_blind_network():
+    model, duals = tiny_dcls()
+    before = copy.deepcopy(model.state_dict())
+    searcher = prune.Search(copy.deepcopy(model), blind_loss(duals), 0.1, duals.parameters(), rate=1e-5, clip=0.1)
+    _, gradients = searcher.alpha_gradient(blind_batch(1), blind_batch(2))
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)         # the estimator's pairs by |k − k*|
+    batches = [blind_batch(k) for k in range(2)]
+    widths = prune.search(model, iter(batches), iter(batches), batches[:1], blind_loss(duals), 0.1, steps=1, rate=1e-5)
+    assert list(widths) == list(model.widths) and all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -275,6 +275,41 @@ def test_learning_rate():
     assert [train.scheduled(args, 1.0, k, 100) for k in (0, 49, 50, 80)] == pytest.approx([0.1, 1, 0.5, 0.25])
 
 
+def test_a_blind_run_sees_kernels_in_all_stages_and_continues(tmp_path, monkeypatch, capsys):
+    """Stopped after the third training step and given again, it ends with the same weights; the report degrades the
+    built-in photographs, and its picture shows kernels."""
+    sizes = dict(filters=(11, 9, 7, 5, 3), feats=16, groups=1, blocks=1, latent=12)
+    monkeypatch.setitem(models.PRESETS, "dcls_tiny", (models.DCLS, {4: sizes}))
+    monkeypatch.setattr(models, "ARCHS", (*models.ARCHS, "dcls_tiny"))
+    monkeypatch.setattr(data, "PHOTOGRAPHS", ("chelsea.png",))
+    seen, blind_loss = [], dual.blind_loss
+    monkeypatch.setattr(dual, "blind_loss", lambda k, true: seen.append(true.shape) or blind_loss(k, true))
+    base = ("--arch dcls_tiny --prune 0.1 --pictures 4 --steps 5 --search-steps 1 --tune-steps 2 --batch 1 --device cpu "
+            "--run").split()
+    code, out, err = call(monkeypatch, capsys, *base, tmp_path / "whole")
+    assert code == 0, err
+    assert set(seen) == {(1, 1, 31, 31)} and len(seen) > 5 + 5 + 2 + 8
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    normal, steps = train.Run.save, []
+
+    def stop(run, stage, step, parts):
+        normal(run, stage, step, parts)
+        steps.append(step)
+        if steps == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", stop)
+    assert call(monkeypatch, capsys, *base, tmp_path / "cut")[0] == 130
+    assert call(monkeypatch, capsys, *base, tmp_path / "cut")[0] == 0
+    assert all(same(weights(tmp_path / "whole", stage), weights(tmp_path / "cut", stage)) for stage in ("train", "tune"))
+    table = json.loads((tmp_path / "whole" / "report.json").read_text())
+    pictures = data.photographs((1, 4), 31)
+    assert table["bicubic"]["psnr"] == pytest.approx(evaluate.evaluate(partial(data.imresize, scale=4), pictures)[0].psnr)
+    shown = np.asarray(Image.open(tmp_path / "whole" / "comparison.png"))
+    true = evaluate.kernel_picture(pictures[0]["kernel"][8:23, 8:23], 4)
+    assert np.array_equal(shown[18 + 192 - 60:18 + 192, -60:, 0], true)
+
+
 # ---- weights from elsewhere
 def save_official(tmp_path, arch="tiny"):
     model = models.build(arch)
@@ -296,6 +331,26 @@ def test_pretrained_weights_are_taken_as_they_are(tmp_path, folder, monkeypatch,
     assert code == 0 and same(weights(tmp_path / "b", "train")["model"], state["model"])
     code, *_ = call(monkeypatch, capsys, *base, "--steps", 1, "--run", tmp_path / "c")
     assert code == 0 and not same(weights(tmp_path / "c", "train")["model"], state["model"])
+
+
+@pytest.mark.parametrize("wrap", [None, "params", "params_ema"])
+def test_official_transformer_files_bring_their_dual(wrap, folder, monkeypatch, capsys, tmp_path):
+    """One dict with `dual_model.*` and derived buffers, bare or wrapped, as the release saves SwinIR and DAT."""
+    cls, sizes = TRANSFORMERS["swinir_tiny"]
+    monkeypatch.setitem(models.PRESETS, "swinir_tiny", (cls, {2: sizes}))
+    monkeypatch.setattr(models, "ARCHS", (*models.ARCHS, "swinir_tiny"))
+    model = models.build("swinir_tiny", 2)
+    back, = dual.make_duals(model)
+    state = {**model.state_dict(), **{f"dual_model.{k}": v for k, v in back.state_dict().items()},
+             "layers.0.residual_group.blocks.1.attn_mask": torch.zeros(1, 64, 64)}
+    torch.save({wrap: state} if wrap else state, tmp_path / "official.pth")
+    base = ["--arch", "swinir_tiny", "--scale", 2, "--pictures", 2, "--patch", 32, "--batch", 1, "--test", folder,
+            "--device", "cpu", "--run"]
+    code, *_ = call(monkeypatch, capsys, *base, tmp_path / "a", "--pretrained", tmp_path / "official.pth")
+    kept = weights(tmp_path / "a", "train")
+    assert code == 0 and same(kept["model"], dict(model.state_dict())) and same(kept["duals"], [dict(back.state_dict())])
+    code, *_ = call(monkeypatch, capsys, *base, tmp_path / "b", "--pretrained", tmp_path / "a" / "train.pt")   # ours do too
+    assert code == 0 and same(weights(tmp_path / "b", "train"), kept)
 
 
 def test_a_pruned_pretrained_network_needs_its_channels(tmp_path, folder, monkeypatch, capsys):
@@ -358,6 +413,7 @@ WRONG = [
     ("--arch tiny --data {mismatch}", 1, "HR/a.png (64x64) is not 4 times {mismatch}/LR_bicubic/X4/ax4.png (10x10)"),
     ("--arch tiny --pretrained {evil}", 1, "nothing in it was executed"),
     ("--arch tiny --pretrained {other}", 1, "weight head.weight has shape (16, 3, 3, 3), this network needs (8, 3, 3, 3)"),
+    ("--arch tiny --teacher tiny:{other}", 1, "weight head.weight has shape (16, 3, 3, 3), this network needs (8, 3, 3, 3)"),
     ("--arch tiny --pretrained {good} --channels {channels}", 1, "has 3 channel numbers, this network needs 6"),
     ("--arch tiny --pretrained {good} --pretrained-dual {good}", 1, "not the list of weights expected here"),
     ("--arch tiny --steps 3 --patch 32 --batch 1 --pictures 3 --rate 1e30", 1, "of train: lower --rate"),
