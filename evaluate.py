@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 import data
+import kernels
 import models
 
 OVERLAP = 32                     # LR pixels of context around a tile: beyond it, trained networks hardly look
@@ -340,7 +341,7 @@ def place(args: argparse.Namespace) -> str:
     if args.precision == "bf16" and args.device.type == "cpu" and not cpu_has_bf16():
         return "cpu, bf16 (emulated: this CPU has no bfloat16 instructions, float32 is faster)"
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
-    return f"{name}, {args.precision}"
+    return f"{name}, {args.precision}, {args.kernels}"
 
 
 def cpu_has_bf16() -> bool:
@@ -472,6 +473,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overlap", type=at_least(0), default=OVERLAP, metavar="N",
         help="context around a tile in LR pixels (default %(default)s)")
     add("--precision", choices=("float32", "bf16"), default="float32")
+    add("--kernels", choices=("torch", "triton"), help="default: triton where there is a GPU and Triton")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -498,6 +500,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    args.kernels = kernels.choose(args.kernels)
     model = None if args.bicubic else load_model(args.weights, args.arch, args.scale, args.channels)
     (enlarge if args.input else report)(args, model, model.scale if model else args.scale)
 

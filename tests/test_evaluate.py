@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
-from dcls_draft import DCLS
+from conftest import run_command, tiny_swinir
+from models import DCLS
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
@@ -92,7 +92,10 @@ def test_measures_refuse(a, b, crop, word):
     ("drn_s", 8, None, 5_403_000, 197_943_158_508), ("drn_l", 8, None, 10_004_018, 366_379_966_800),
     ("drn_s", 4, "search_x4p03", 3_116_637, 72_197_174_256), ("drn_s", 8, "search_x8p03", 3_490_832, 123_832_989_420),
     ("drn_s", 4, "search_x4p05", 2_267_417, 53_016_282_096), ("drn_s", 8, "search_x8p05", 2_548_420, 94_243_067_628),
-    ("drn_s", 4, "search_x4p07", 1_427_545, 32_745_505_776), ("drn_s", 8, "search_x8p07", 1_572_288, 53_341_574_892)])
+    ("drn_s", 4, "search_x4p07", 1_427_545, 32_745_505_776), ("drn_s", 8, "search_x8p07", 1_572_288, 53_341_574_892),
+    ("swinir_light", 4, None, 929_628, 9_815_592_960), ("swinir", 4, None, 11_900_199, 120_502_038_528),       # 9.82, 120.50 G
+    ("swinir_light", 4, "swinir_light_drc_channel_config", 631_632, 6_698_668_032),                            # 6.70 G
+    ("dat_light", 4, None, 572_766, 7_594_155_054), ("dat", 4, None, 14_802_051, 153_712_666_764)])            # 7.594, 153.71 G
 def test_published_costs(arch, scale, channels, params, madds):
     widths = channels and [int(n) for n in (CHANNELS / f"{channels}.txt").read_text().split()]
     assert evaluate.count(models.build(arch, scale, widths), 96, 96) == (params, madds)
@@ -231,6 +234,18 @@ def tiny(contrast=1):
     for tail in net.tail:
         tail.weight.data *= contrast
     return net
+
+
+def test_tiles_keep_the_windows_of_transformers():
+    """Tiles start at multiples of every window, so a SwinIR that sees less far than the overlap gives the same picture,
+    but for the order of additions."""
+    model, _ = tiny_swinir(scale=2, depths=(2,))
+    low = picture(150, 139)
+    difference = np.abs(evaluate.upscale(model, low, 128).astype(int) - evaluate.upscale(model, low))
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+    with pytest.MonkeyPatch.context() as patch:                                           # tiles that cut windows apart do show
+        patch.setattr(evaluate, "ALIGN", 4)
+        assert np.abs(evaluate.upscale(model, low, 100).astype(int) - evaluate.upscale(model, low)).max() > 1
 
 
 def test_tiles_of_drn_stay_close():
@@ -393,6 +408,7 @@ def is_one_sentence(stderr, code):
     (2, "--weights {good} --tile 100", "--overlap 32 needs"),
     (2, "--weights {good} --tile -1", "'-1' must be an integer"),
     (2, "--weights {good} --overlap 200", "--overlap 200 needs"),
+    (1, "--weights {good} --kernels triton", "kernels triton cannot run here"),
     (2, "--weights {good} --device cuda:99", "'cuda:99' cannot be used"),
     (2, "--weights {good} --precision half", "invalid choice: 'half'"),
     (2, "--arch drn_s", "random weights"), (2, "--arch nothing", "invalid choice: 'nothing'"),

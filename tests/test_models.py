@@ -402,7 +402,7 @@ def test_imports_run_one_way():
     """kernels <- models; dual, prune and data import nothing of ours but kernels; evaluate <- models, data; train <- all."""
     ours = {p.stem for p in ROOT.glob("*.py")} | {"kernels"}
     allowed = {"models": {"kernels"}, "dual": {"kernels"}, "prune": {"kernels"}, "data": {"kernels"},
-               "evaluate": {"models", "data"}, "train": ours}
+               "evaluate": {"models", "data", "kernels"}, "train": ours}
     for file in ROOT.glob("*.py"):
         tree = ast.parse(file.read_text())
         names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
