@@ -338,10 +338,12 @@ def settings(args: argparse.Namespace, tile: int) -> dict:
 
 
 def place(args: argparse.Namespace) -> str:
-    if args.precision == "bf16" and args.device.type == "cpu" and not cpu_has_bf16():
-        return "cpu, bf16 (emulated: this CPU has no bfloat16 instructions, float32 is faster)"
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
-    return f"{name}, {args.precision}, {args.kernels}"
+    name, precision = str(args.device), args.precision
+    if args.device.type == "cuda":
+        name = torch.cuda.get_device_name(args.device)
+    elif precision == "bf16" and not cpu_has_bf16():
+        precision = "bf16 (emulated: this CPU has no bfloat16 instructions, float32 is faster)"
+    return f"{name}, {precision}, {args.kernels}"
 
 
 def cpu_has_bf16() -> bool:

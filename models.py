@@ -3,7 +3,8 @@
     model = build("drn_s", scale=4)              # 4,804,065 parameters, official state-dict names
     out = model(low)                             # SR: images keyed by scale, everything in 0..1
 
-What a backbone offers, whatever its class (prune.py, dual.py, train.py and evaluate.py use nothing else):
+Four backbones, a page each, in the order DRN, (what the transformers share,) SwinIR, DAT, DCLS; presets and loading at
+the end. What each offers, whatever its class (prune.py, dual.py, train.py and evaluate.py use nothing else):
 
     forward(x) -> SR         x (N, 3, H, W) in 0..1
     pairs()    -> [Pair]     the hidden widths that may be cut, in the order of the authors' channel files
@@ -11,11 +12,13 @@ What a backbone offers, whatever its class (prune.py, dual.py, train.py and eval
                              consumer of pair i, so that pruning can run only the rest of the network
     begin(x) -> state, finish(state) -> SR
     with_widths(widths)      a fresh network of the same kind with other hidden widths
-    start_from_interpolation()     a better start than the usual random one, where the backbone has one
+    start_from_interpolation()    a better start than the usual random one
     fold()                   merges, in place and exactly, what is linear at inference
-    arch, scale, widths, rgb_range, dual_spec, feature, float32, madds_count_bias     facts, see `Backbone`
+    estimate(x) -> kernel    blind backbones only; their forward takes a kernel to use instead
+    arch, scale, widths, rgb_range, dual_spec, feature, float32, madds_count_bias, kernel_size      facts, see `Backbone`
 
-Here: DRN (Guo et al., "Closed-loop Matters", CVPR 2020). Not here: losses, pruning, files, devices. Read dual.py next.
+Not here: losses, pruning, files, devices. Window attention and the upsampling convolution are in kernels/. Read dual.py
+next.
 """
 import copy
 from functools import partial

@@ -73,7 +73,7 @@ OWN = {                                # first word of the arch, preset: what di
     ("dat", "quick"): dict(SWINIR, clip=1.0, rate=1e-3, patch=128, batch=2, search_patch=128, select_patch=128),   # LR 32: one long window
     ("dat", "default"): dict(SWINIR, clip=1.0, ema=0.999),
     ("dat", "paper"): dict(SWINIR, **{**SWINIR_PAPER, "ema": 0.0, "betas": (0.9, 0.99)}),
-    ("dcls", "quick"): dict(DCLS, clip=1.0, patch=128, batch=2, search_patch=128, search_steps=8, search_batch=1,
+    ("dcls", "quick"): dict(DCLS, clip=1.0, patch=128, batch=2, tune_rate=5e-5, search_patch=128, search_steps=8, search_batch=1,
                             select_patch=128, select_batch=1),                       # the kernel takes 31 of 32 LR pixels
     ("dcls", "default"): dict(DCLS, clip=1.0),
     ("dcls", "paper"): dict(DCLS, epsilon=1e-20, patch=256, batch=64, steps=500_000, rate=4e-4, milestones=(0.4, 0.8),
