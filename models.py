@@ -416,7 +416,8 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, window: int):
         super().__init__()
         self.heads, self.scale = heads, (dim // heads) ** -0.5                   # of the unpruned head, also when pruned
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * window - 1) ** 2, heads), std=0.02))
+        table = torch.empty((2 * window - 1) ** 2, heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         self.qkv, self.proj = nn.Linear(dim, 3 * hidden), nn.Linear(hidden, dim)
 
 
@@ -753,7 +754,7 @@ def deconvolve(x: Tensor, kernel: Tensor, prior: Tensor) -> Tensor:
 
     x: (N, C, H, W); kernel: (N, 1, k, k), centre k // 2; prior: (N, C, p, p), p <= k. Returns (N, C, H, W), dtype and
     device of x. (The paper's deep constrained least squares; the release loops over channels.)"""
-    (n, c, h, w), (k, p) = x.shape, (kernel.shape[-1], prior.shape[-1])
+    (_, _, h, w), (k, p) = x.shape, (kernel.shape[-1], prior.shape[-1])
     x = F.pad(x, (k, k, k, k), "replicate")                                    # what the torus joins is cut off below
     height, width = x.shape[2:]
     small = torch.cat((kernel, F.pad(prior, (0, k - p, 0, k - p))), 1)                   # (N, 1 + C, k, k)
@@ -979,7 +980,8 @@ def load_state(module: nn.Module, state: dict) -> dict | None:
                              f"{tuple(mine[name].shape)} (check the arch, scale and channels)")
     for name in state:
         if name not in mine:
-            raise ValueError(f"weight {name} is unexpected: this file is of another network (check the arch, scale and channels)")
+            raise ValueError(f"weight {name} is unexpected: this file is of another network (check the arch, scale and "
+                             f"channels)")
     module.load_state_dict(state)
     return dual or None
 

@@ -67,14 +67,16 @@ SWINIR_PAPER = dict(patch=256, steps=500_000, rate=2e-4, milestones=(0.5, 0.8, 0
                     drop_path=0.1, search_patch=256, search_rate=2e-4, select_patch=256, tune_steps=500_000, tune_rate=2e-4)
 DCLS = dict(search_rate=1e-5, search_clip=0.1, search_decay=0.0, select_rate=1e-5)
 OWN = {                                # first word of the arch, preset: what differs
-    ("swinir", "quick"): dict(SWINIR, clip=1.0, rate=1e-3, tune_rate=5e-4),
+    ("swinir", "quick"): dict(SWINIR, clip=1.0, steps=800, rate=1e-3, search_steps=32, per_round=8, tune_steps=300,
+                              tune_rate=5e-4),
     ("swinir", "default"): dict(SWINIR, clip=1.0, ema=0.999),
     ("swinir", "paper"): dict(SWINIR, **SWINIR_PAPER),
-    ("dat", "quick"): dict(SWINIR, clip=1.0, rate=1e-3, patch=128, batch=2, search_patch=128, select_patch=128),   # LR 32: one long window
+    ("dat", "quick"): dict(SWINIR, clip=1.0, steps=400, rate=1e-3, patch=128, batch=2, search_patch=128,   # LR 32: a window
+                           select_patch=128, tune_steps=160),
     ("dat", "default"): dict(SWINIR, clip=1.0, ema=0.999),
     ("dat", "paper"): dict(SWINIR, **{**SWINIR_PAPER, "ema": 0.0, "betas": (0.9, 0.99)}),
-    ("dcls", "quick"): dict(DCLS, clip=1.0, patch=128, batch=2, tune_rate=5e-5, search_patch=128, search_steps=8, search_batch=1,
-                            select_patch=128, select_batch=1),                       # the kernel takes 31 of 32 LR pixels
+    ("dcls", "quick"): dict(DCLS, clip=1.0, patch=128, batch=2, tune_rate=5e-5, search_steps=8, search_patch=128,
+                            search_batch=1, select_patch=128, select_batch=1),       # the kernel takes 31 of 32 LR pixels
     ("dcls", "default"): dict(DCLS, clip=1.0),
     ("dcls", "paper"): dict(DCLS, epsilon=1e-20, patch=256, batch=64, steps=500_000, rate=4e-4, milestones=(0.4, 0.8),
                             search_patch=256, select_patch=256, tune_steps=500_000, tune_rate=4e-4),
@@ -592,7 +594,7 @@ def parse_args(argv: list[str] | None = None) -> SimpleNamespace:
     add = parser.add_argument_group("compression").add_argument
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True, help="search without the second-order term: 3 passes, not 5")
-    add("--round", type=int, choices=(4, 8), default=4, help="widths are multiples of this; 8 suits GPUs (default 4, the paper)")
+    add("--round", type=int, choices=(4, 8), default=4, help="widths are multiples of this (default 4; 8 suits GPUs)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher, metavar="ARCH:FILE", help="distil from this network (default: the unpruned one)")
     add = parser.add_argument_group("run").add_argument
