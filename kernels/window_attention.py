@@ -101,8 +101,9 @@ def reference(qkv: Tensor, bias_table: Tensor, *, heads, window, shift=(0, 0), s
 @lru_cache
 def offsets(h: int, w: int, device: torch.device) -> Tensor:
     """(h·w, h·w) row of the bias table for every query and key of a window."""
-    y, x = torch.arange(h * w, device=device) // w, torch.arange(h * w, device=device) % w
-    return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
+    with torch.inference_mode(False):                            # kept for training, too, whoever comes first
+        y, x = torch.arange(h * w, device=device) // w, torch.arange(h * w, device=device) % w
+        return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
 
 
 # ---- PyTorch path: any device, differentiable
@@ -150,8 +151,9 @@ def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
 def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(n, n) masks, 0 or −100, of the last row of windows and of the last column: the last dy rows (dx columns) of such
     a window come from the other end of the map. In the last window of all, a pair is apart if either says so."""
-    y, x = torch.arange(h * w, device=device) // w >= h - dy, torch.arange(h * w, device=device) % w >= w - dx
-    return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
+    with torch.inference_mode(False):
+        y, x = torch.arange(h * w, device=device) // w >= h - dy, torch.arange(h * w, device=device) % w >= w - dx
+        return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
 
 
 # ---- Triton path: the kernels as PyTorch operations, opaque to torch.compile, with their gradient

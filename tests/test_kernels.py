@@ -130,6 +130,16 @@ def test_pytorch_paths_of_attention_equal_brute_force(shape):
         assert (attention_file.reference(qkv, table, **settings) - expected).abs().max() > 0.1
 
 
+def test_what_inference_has_cached_serves_training():
+    """The index table and the masks are kept; made in inference mode they could not be used in a graph."""
+    attention_file.offsets.cache_clear(), attention_file.masks.cache_clear()
+    qkv, table, dout, settings = case(1, 8, 8, 2, 4, (8, 8), (4, 4), device="cpu")
+    with torch.inference_mode():
+        kernels.window_attention(qkv, table, **settings)
+    for path in (torch_path, attention_file.reference):
+        run(path, qkv, table, dout, settings)
+
+
 SHAPES = {
     "swinir": (1, 16, 16, 2, 30, (8, 8), (4, 4)),
     "light_unshifted_batch": (2, 8, 16, 2, 10, (8, 8)),
