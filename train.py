@@ -4,8 +4,9 @@
 
                 PSNR-Y    SSIM  parameters  MAdds 96x96  MAdds 720p  s/image
     bicubic     30.276  0.8065           -            -           -     0.01
-    dense       31.226  0.8256   4,804,065     109.92 G     687.0 G     6.30
-    pruned      31.273  0.8261   2,770,529      67.46 G     421.7 G     4.77
+    dense       31.226  0.8256   4,804,065     109.92 G     687.0 G     7.12
+    cut         31.016  0.8210   2,770,529      67.46 G     421.7 G     4.64
+    pruned      31.273  0.8261   2,770,529      67.46 G     421.7 G     4.46
 
 Stages: 1 data · 2 primal and dual training · 3 search (how many channels) · 4 select and cut (which ones) ·
 5 fine-tuning with distillation · 6 report. Every stage leaves `runs/<name>/<stage>.pt`; a run that was stopped, by ctrl-C
