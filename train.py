@@ -610,7 +610,7 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     """Checks flags against each other and fills what was not given from the preset."""
     try:
         with torch.device("meta"):
-            models.build(given.arch, given.scale)
+            model = models.build(given.arch, given.scale)
     except ValueError as error:
         parser.error(f"--scale: {error}")
     gpu = given.device.type == "cuda"
@@ -634,6 +634,9 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     problems = {
         f"--preset {chosen} needs --data DIR with DF2K or DIV2K in it": chosen == "paper" and not args.data,
         f"--patch {args.patch} is not a multiple of the scale {args.scale}": args.patch % args.scale,
+        f"--batch {args.batch}: {args.arch} has BatchNorm over the patches of a step, give at least 2":
+            args.batch < 2 and (args.continue_training or not args.pretrained)
+            and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
         "--pretrained-dual and --channels belong to --pretrained FILE":
             (args.pretrained_dual or args.channels) and not args.pretrained,
     }

@@ -404,6 +404,7 @@ WRONG = [
     ("--arch drn_s --teacher drn_l", 2, "'drn_l' is not ARCH:FILE"),
     ("--arch drn_s --preset paper", 2, "--preset paper needs --data DIR"),
     ("--arch drn_s --channels c.txt", 2, "belong to --pretrained FILE"),
+    ("--arch dat_light --batch 1", 2, "--batch 1: dat_light has BatchNorm over the patches of a step, give at least 2"),
     ("--arch drn_s --round 6", 2, "--round: invalid choice: 6"),
     ("--arch drn_s --kernels triton", 1, "kernels triton cannot run here"),
     ("--arch drn_s --data missing", 1, "missing is missing: give a folder"),
