@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, difference, fill, golden, rule, tiny_dat, tiny_drn, tiny_swinir
 
 import kernels
 import kernels.bench
 import kernels.pixel_shuffle
 import kernels.window_attention
+import models
 
 attention_file = sys.modules["kernels.window_attention"]         # kernels.window_attention is the function of that name
 shuffle_file = sys.modules["kernels.pixel_shuffle"]
@@ -236,6 +237,36 @@ def test_attention_takes_any_strides(triton):
 def test_attention_of_nothing_is_nothing(triton):
     out, dqkv, dtable = run(kernels.window_attention, *case(0, 8, 8, 2, 8, (8, 8), (4, 4)))
     assert (out.shape, dqkv.shape, dtable.abs().sum()) == ((0, 8, 8, 16), (0, 8, 8, 48), 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("tiny", [tiny_swinir, tiny_dat, tiny_drn])
+def test_networks_are_the_same_with_the_kernels(tiny, triton, coarse, monkeypatch):
+    """Called through models.py, forward and backward; and the kernels are what is called."""
+    model, x, results = tiny()[0].eval().to(DEVICE), rule.image(1, 1, 8, 9).to(DEVICE), {}
+    calls, upsample, attend = [], shuffle_file.conv_shuffle_op, attention_file.window_attention_op
+    monkeypatch.setattr(shuffle_file, "conv_shuffle_op", lambda *args: calls.append("conv") or upsample(*args))
+    monkeypatch.setattr(attention_file, "window_attention_op", lambda *args: calls.append("attention") or attend(*args))
+    for way in ("torch", "triton"):
+        assert not calls
+        kernels.choose(way)
+        image = model(x).images[4]
+        results[way] = image, *torch.autograd.grad(image.square().sum(), list(model.parameters()), allow_unused=True)
+    assert calls.count("conv") == (2 if tiny is tiny_drn else 1)
+    assert calls.count("attention") == {tiny_swinir: 4, tiny_dat: 2, tiny_drn: 0}[tiny]
+    for a, b in zip(*results.values()):
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-3 * a.norm() + 1e-4)
+
+
+@pytest.mark.skipif(not GPU, reason="whole networks take the interpreter too long")
+@pytest.mark.parametrize("name", golden("swinir") | golden("dat"))
+def test_golden_outputs_hold_with_the_kernels(name, triton):
+    expected, (arch, scale) = (golden("swinir") | golden("dat"))[name], name.replace("_drc", "").rsplit("_x", 1)
+    model = fill(models.build(arch, int(scale), expected.get("channels"))).eval().to(DEVICE)
+    with torch.no_grad():
+        for wanted in expected["cases"]:
+            image = model(rule.image(wanted["seed"], wanted["n"], wanted["h"], wanted["w"]).to(DEVICE)).images[int(scale)]
+            assert difference(image.cpu(), wanted["sr"]) < 1e-3
 
 
 @needs_triton
