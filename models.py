@@ -382,15 +382,10 @@ class Transformer(Backbone):
             self.conv_last.weight.mul_(0.1)
             pass_on(self.conv_last)
         for k, layer in enumerate(list(self.upsample)[::2]):
-            signed = k == 0 and hasattr(self, "conv_last")
-            r = self.upsample[1].upscale_factor
-            kernel = interpolation(r) / (1.01 if signed else 1)                  # (r·r, 3, 3)
-            for colour in range(3):
-                rows = slice(colour * r * r, (colour + 1) * r * r)
-                layer.weight[rows] = 0
-                layer.weight[rows, colour] = kernel
-                if signed:
-                    layer.weight[rows, colour + 3] = -kernel
+            rows = interpolate(layer, self.upsample[1].upscale_factor)
+            if k == 0 and hasattr(self, "conv_last"):
+                layer.weight[rows] /= 1.01
+                layer.weight[rows, 3:6] = -layer.weight[rows, :3]
 
 
 def pass_on(layer: nn.Conv2d, colours: int = 3) -> None:
@@ -400,11 +395,17 @@ def pass_on(layer: nn.Conv2d, colours: int = 3) -> None:
         layer.weight[colour, colour, 1, 1] = 1
 
 
-def interpolation(r: int) -> Tensor:
-    """(r·r, 3, 3): the parabola through three neighbours, at the r×r places of the pixels that replace the middle one."""
+def interpolate(layer: nn.Conv2d, r: int) -> slice:
+    """Makes the first outputs of a 3×3 convolution in front of PixelShuffle(r) its first three inputs, interpolated: the
+    parabola through three neighbours, at the r×r places of the pixels that replace the middle one. Returns which rows."""
     t = (torch.arange(r) + 0.5) / r - 0.5
     taps = torch.stack((t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2), 1)         # (r, 3)
-    return torch.einsum("iy,jx->ijyx", taps, taps).flatten(0, 1)
+    kernel = torch.einsum("iy,jx->ijyx", taps, taps).flatten(0, 1)               # (r·r, 3, 3)
+    rows = slice(3 * r * r)
+    layer.weight[rows], layer.bias[rows] = 0, 0
+    for colour in range(3):
+        layer.weight[colour * r * r:(colour + 1) * r * r, colour] = kernel
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -920,9 +921,7 @@ class DCLS(Backbone):
         pass_on(r.conv_first)
         pass_on(last)
         for layer in enlarge:
-            layer.weight[:12], layer.bias[:12] = 0, 0
-            for colour in range(3):
-                layer.weight[4 * colour:4 * colour + 4, colour] = interpolation(2)
+            interpolate(layer, 2)
         for dec, size in zip(self.Estimator.dec, self.Estimator.filters):
             line = torch.tensor([0.07, 0.86, 0.07]) if size > 1 else torch.ones(1)
             dot = F.pad(torch.outer(line, line), ((size - len(line)) // 2,) * 4)         # (size, size)

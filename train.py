@@ -473,9 +473,8 @@ def select_and_cut(run: Run, args: SimpleNamespace, pictures, state: dict, width
 def report(run: Run, args: SimpleNamespace, states: dict[str, dict]) -> None:
     """Measures bicubic and the networks in `states` ({name: checkpoint}); writes report.json and comparison.png."""
     started, scale = time.monotonic(), args.scale
-    with torch.device("meta"):
-        blind = models.build(args.arch, scale).kernel_size
-    pictures = data.open_folder(args.test, (1, scale)) if args.test else data.photographs((1, scale), blind)
+    pictures = data.open_folder(args.test, (1, scale)) if args.test else \
+        data.photographs((1, scale), args.network.kernel_size)
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, scale), pictures)}
     costs = {"bicubic": {}}
     for name, state in states.items():
@@ -610,7 +609,7 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
     """Checks flags against each other and fills what was not given from the preset."""
     try:
         with torch.device("meta"):
-            model = models.build(given.arch, given.scale)
+            network = models.build(given.arch, given.scale)                     # without weights: for what it says of itself
     except ValueError as error:
         parser.error(f"--scale: {error}")
     gpu = given.device.type == "cuda"
@@ -636,7 +635,7 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
         f"--patch {args.patch} is not a multiple of the scale {args.scale}": args.patch % args.scale,
         f"--batch {args.batch}: {args.arch} has BatchNorm over the patches of a step, give at least 2":
             args.batch < 2 and (args.continue_training or not args.pretrained)
-            and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
+            and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
         "--pretrained-dual and --channels belong to --pretrained FILE":
             (args.pretrained_dual or args.channels) and not args.pretrained,
     }
@@ -644,14 +643,14 @@ def settle(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Simple
         parser.error(sentence)
     suffix = f"{args.budget[0]}{100 * args.budget[1]:02.0f}" if args.budget else f"p{100 * args.prune:02.0f}"
     args.run = Path(args.run or f"runs/{args.arch}_x{args.scale}_{suffix}")
-    args.fail = parser.error
+    args.fail, args.network = parser.error, network
     return args
 
 
 def main() -> None:
     args = parse_args()
     using = kernels.choose(args.kernels)
-    hidden = ("fail", "why", "run", "memory", "device", "kernels")            # what does not change the result
+    hidden = ("fail", "network", "why", "run", "memory", "device", "kernels")   # what does not change the result
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in hidden}
     try:
         run = Run(args.run, config)
@@ -665,9 +664,7 @@ def main() -> None:
         pretrained(args)
     if args.teacher and not (args.run / "tune.pt").exists():
         load_teacher(args)
-    with torch.device("meta"):
-        model = models.build(args.arch, args.scale)
-    scales = tuple(sorted({1, args.scale, *(s for spec in model.dual_spec for s in spec[:2])}))
+    scales = tuple(sorted({1, args.scale, *(s for spec in args.network.dual_spec for s in spec[:2])}))
     compress = bool(args.prune or args.budget)
     trained = (args.run / ("tune.pt" if compress else "train.pt")).exists()
     pictures = None if trained else open_data(args, scales)
@@ -681,9 +678,7 @@ def main() -> None:
         widths = (run.read("search.pt") or find_widths(run, args, pictures, dense))["widths"]
 
         # ---- 4 select which ones, then cut
-        cut = run.read("select.pt") or select_and_cut(run, args, pictures, dense, widths)
-
-        states["cut"] = cut
+        states["cut"] = cut = run.read("select.pt") or select_and_cut(run, args, pictures, dense, widths)
 
         # ---- 5 fine-tuning with distillation
         states["pruned"] = run.read("tune.pt") or tune(run, args, pictures, cut, dense)
