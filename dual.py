@@ -1,53 +1,138 @@
-"""Dual regression: small networks D that map a super-resolved image back down, and the loss that uses them.
+"""Dual regression: small networks that map a super-resolved image back, and the losses with them.
 
-    L_DR = Σ_s |P(y_1)_s − y_s|₁  +  λ Σ_D |D(P(y_1)_src) − y_dst|₁ ,   λ = 0.1          (DRN eq. 3, DRC eq. 2)
+Super-resolution has no unique answer: many high-resolution images shrink to the same
+low-resolution image x. Dual regression adds a constraint that every right answer meets. While the
+primal network P learns x -> y, small dual networks D learn the way back, and the loss asks that
+what P predicts comes back to x (DRN eq. 3, DRC eq. 2):
 
-The second term asks that the prediction, mapped down again, gives back what came in: of all images that fit y_S equally
-well it prefers those that could have caused y_1, which narrows the space of answers. A dual sees the prediction, never
-the ground truth. Everything is keyed by scale, so the loss does not know which backbone it trains.
+    L_DR = Σ_s |P(x)_s − y_s|  +  λ Σ_D |D(P(x)_src) − y_dst|,      λ = 0.1
 
-Not here: the backbones (models.py), what the loss is used for (prune.py, train.py). Read prune.py next.
+    x, y_s        the low-resolution input, and the true image at scale s; y_1 is x itself
+    P(x)_s        the prediction at scale s: DRN predicts at 1, 2 and 4, the others at 4 alone
+    D             maps a prediction of scale src to scale dst; DRN has 4 → 2 and 2 → 1, others 4 → 1
+    |·|           the mean absolute difference over all elements
+
+Of two predictions with the same distance to the truth, the one that shrinks back to x wins. D sees
+only predictions, never the truth. D is learned and not simply the bicubic reduction, because in
+real data nobody knows how the small image was made; where it was bicubic, D comes to resemble it.
+
+Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
+backbones, and what the losses are used for (prune.py, to be read next; train.py).
 """
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Dual(nn.Module):
-    """Maps (N, 3, H·src, W·src) to (N, 3, H·dst, W·dst) by strided 3×3 convolutions without biases, so that
-    D(c·x) = c·D(x) for c > 0: one dual serves images in 0..1 and in 0..255. Official state-dict names."""
+    """D: (N, 3, H·src, W·src) -> (N, 3, H·dst, W·dst) by strided 3×3 convolutions.
+
+    There are no biases, so D(c·x) = c·D(x) for c > 0: the same dual serves images in 0..1 and in
+    0..255. The state-dict names are the official ones.
+    """
     def __init__(self, src: int, dst: int, channels: int):
         super().__init__()
-        self.src, self.dst = src, dst
-        # one halving per factor 2; ×3 at once, with centres 1, 4, 7, ... (the release's ×3 dual halves: sizes differ)
-        stride, padding, stages = (3, 0, 1) if src == 3 * dst else (2, 1, (src // dst).bit_length() - 1)
-        sizes = [3] + [channels] * stages
-        self.dual_module = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(a, b, 3, stride, padding, bias=False), nn.LeakyReLU(0.2))
-              for a, b in zip(sizes, sizes[1:])),
-            nn.Conv2d(channels, 3, 3, 1, 1, bias=False))
+        self.src = src
+        self.dst = dst
+        stages = (src // dst).bit_length() - 1       # a stage halves the size
+        stride, padding = 2, 1
+        if src == 3 * dst:                           # one stage, centres at 1, 4, 7, ... (ours: the
+            stages = 1                               # release halves here, and the sizes differ)
+            stride, padding = 3, 0
+        layers, inputs = [], 3
+        for _ in range(stages):
+            layer = nn.Conv2d(inputs, channels, 3, stride, padding, bias=False)
+            layers.append(nn.Sequential(layer, nn.LeakyReLU(0.2)))
+            inputs = channels
+        layers.append(nn.Conv2d(channels, 3, 3, 1, 1, bias=False))
+        self.dual_module = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dual_module(x)
 
 
 def make_duals(model: nn.Module) -> nn.ModuleList:
-    """The duals of a backbone, as its `dual_spec` asks: DRN one per ×2 step, the others one for the whole factor."""
+    """The duals of a backbone with random weights, as its `dual_spec` asks."""
     return nn.ModuleList(Dual(*spec) for spec in model.dual_spec)
 
 
-def dr_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleList, weight: float = 0.1) -> Tensor:
-    """L_DR above, a scalar in the range of the images. images: predictions {scale: (N, 3, H·scale, W·scale)}; y: the
-    true images at least at the same scales and at every dual's dst; weight: λ. |·|₁ is a mean over elements."""
+def restore_duals(model: nn.Module, states: list[dict]) -> nn.ModuleList:
+    """The duals of a backbone with saved weights. RuntimeError or ValueError: they do not fit."""
+    duals = make_duals(model)
+    for d, state in zip(duals, states, strict=True):
+        d.load_state_dict(state)
+    return duals
+
+
+def dr_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleList,
+            weight: float = 0.1) -> Tensor:
+    """L_DR above, a scalar in the range of the images. weight: λ.
+
+    images: predictions {scale: (N, 3, H·scale, W·scale)}; y: the true images, at least at the
+    scales of the predictions and at every dual's dst.
+    """
     primal = sum(F.l1_loss(images[s], y[s]) for s in images)
     back = sum(F.l1_loss(d(images[d.src]), y[d.dst]) for d in duals)
     return primal + weight * back
 
 
 def blind_loss(kernel: Tensor, true: Tensor) -> Tensor:
-    """mean |k − k*| over the entries of two (N, 1, k, k): all that trains a kernel estimator (DCLS; weight 1)."""
+    """|k − k*|, the mean over two (N, 1, k, k): all that trains a kernel estimator (DCLS)."""
     return F.l1_loss(kernel, true)
 
 
-def distill_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """MSE between the channel means of two feature maps (N, any, H, W): their widths may differ (release, fine-tuning)."""
+def native_loss(out, batch, duals: nn.ModuleList, weight: float, rgb_range: float) -> Tensor:
+    """The training loss of a backbone: L_DR in the network's own ("native") range, 0..rgb_range.
+
+    The paper's learning rates belong to that range: DRN's losses are 255 times those of a network
+    in 0..1. A blind backbone adds |k − k*|. out: what the backbone returned; batch: what it should
+    have returned (both with `images` by scale and `kernel`, None where nothing is blind).
+    """
+    loss = rgb_range * dr_loss(out.images, batch.images, duals, weight)
+    if out.kernel is None:
+        return loss
+    return loss + blind_loss(out.kernel, batch.kernel)
+
+
+# ---- distillation: a small network learns from a larger one (DRC Section 4.3) -------------------
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """MSE between the channel means of two feature maps (N, any, H, W); their widths may differ."""
     return F.mse_loss(student.mean(1), teacher.mean(1))
+
+
+@contextmanager
+def distillation(student: nn.Module, teacher: nn.Module):
+    """Within it: a function (low, the student's output for it) -> the distance to the teacher's.
+
+    Call it right after the student's forward pass. A backbone that names a `feature` (DRN) is
+    compared by the input of that module, the others by the L1 distance of the images. (SwinIR so in
+    the release; DAT and DCLS are ours.) In the native range.
+    """
+    features = {}
+
+    def keep(name):
+        def hook(module, inputs):
+            features[name] = inputs[0]
+        return hook
+
+    hooks = []
+    if student.feature:
+        for name, network in (("student", student), ("teacher", teacher)):
+            layer = network.get_submodule(student.feature)
+            hooks.append(layer.register_forward_pre_hook(keep(name)))
+
+    def distance(low: Tensor, out) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(low)
+        if student.feature:
+            return feature_loss(features["student"], features["teacher"])
+        scale = student.scale
+        return student.rgb_range * F.l1_loss(out.images[scale], wanted.images[scale])
+
+    try:
+        yield distance
+    finally:
+        for hook in hooks:
+            hook.remove()

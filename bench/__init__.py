@@ -1,0 +1,1 @@
+"""One file per question, each a command: `python -m bench.NAME`."""

@@ -1,0 +1,121 @@
+"""How fast is a network on a CPU, as the papers write it, with our forward pass, and made ready for
+inference?
+
+    python -m bench.inference --weights runs/drn_s_x4_p30/train.pt --data Set5
+    python -m bench.inference --arch swinir_light                     # random weights
+
+Four ways, in turns on the same 96×96 input: "as written" does every operation of an RCAB alone, and
+window attention by rolling, cutting and a mask made anew; then ours; `models.inference` of ours in
+float32; and in bfloat16. Median time, and what changes on real pictures.
+"""
+import argparse
+import copy
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import evaluate
+import kernels
+import models
+from backbones.drn import RCAB
+from bench.baselines import authors_attention
+from run import command
+from upscale import cpu_has_bf16
+
+SIDE = 96                        # LR pixels
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """A copy in which an RCAB is: convolution, ReLU, convolution, times attention, plus input."""
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, RCAB):
+            block.body[1] = nn.ReLU()
+            block.forward = partial(plain_rcab, block.body)
+    return model
+
+
+def plain_rcab(body: nn.Sequential, x: Tensor) -> Tensor:
+    """The forward pass of RCAB without in-place operations and without addcmul."""
+    y = body[2](body[1](body[0](x)))
+    return y * body[3](y) + x
+
+
+@contextmanager
+def attention_by(function):
+    """Within it the transformers use this function for window attention."""
+    usual = kernels.window_attention
+    kernels.window_attention = function
+    try:
+        yield
+    finally:
+        kernels.window_attention = usual
+
+
+def load(args: argparse.Namespace) -> nn.Module:
+    """The network of --weights, or one of --arch with random weights near an interpolation."""
+    if args.weights:
+        return models.load(args.weights, args.arch).eval()
+    model = models.build(args.arch).eval()
+    model.start_from_interpolation()
+    return model
+
+
+def measure(ways: dict, repeat: int) -> dict[str, list[float]]:
+    """{way: seconds of each of `repeat` passes}, in turns, after one pass to warm up."""
+    x = torch.rand(1, 3, SIDE, SIDE)
+    times = {name: [] for name in ways}
+    for _ in range(repeat + 1):
+        for name, (network, attention) in ways.items():
+            with torch.inference_mode(), attention_by(attention):
+                start = time.perf_counter()
+                network(x)
+                times[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", metavar="FILE")
+    parser.add_argument("--arch", choices=tuple(models.PRESETS))
+    parser.add_argument("--data", metavar="DIR", help="default: the built-in photographs")
+    parser.add_argument("--repeat", type=int, default=7)
+    args = parser.parse_args()
+    if not (args.weights or args.arch):
+        parser.error("give --weights FILE or --arch")
+    model = load(args)
+    scales = (1, model.scale)
+    pictures = data.open_folder(args.data, scales) if args.data else data.photographs(scales)
+    ours = kernels.window_attention
+    ways = {
+        "as written in the paper": (as_written(model), authors_attention),
+        "our forward": (model, ours),
+        "inference float32": (models.inference(model), ours),
+        "inference bf16": (models.inference(model, "bf16"), ours),
+    }
+    times = measure(ways, args.repeat)
+    print(f"{model.arch} x{model.scale}, {args.weights or 'random weights'}, LR {SIDE}x{SIDE}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {cpu_has_bf16()}")
+    print(f"{'':24} {'median s':>9} {'times':>6} {'PSNR-Y':>8} {'largest 8-bit difference':>25}")
+    first = next(iter(ways))
+    reference = None
+    for name, (network, attention) in ways.items():
+        with attention_by(attention):
+            rows = evaluate.evaluate(network, pictures)
+        reference = reference or rows
+        worst = 0
+        for a, b in zip(rows, reference):
+            worst = max(worst, int(np.abs(a.image.astype(int) - b.image).max()))
+        ratio = np.median(np.array(times[first]) / np.array(times[name]))
+        psnr = np.mean([row.psnr for row in rows])
+        print(f"{name:24} {np.median(times[name]):9.3f} {ratio:6.2f} {psnr:8.3f} {worst:>25}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,418 @@
+"""What the Triton kernels gain, against the strongest ways to write the same in PyTorch.
+
+    python -m bench.kernels                              # single operations
+    python -m bench.kernels --model swinir               # a whole network, and training of swinir
+    python -m bench.kernels --json results.json
+
+Times of operations are of the GPU alone (events behind a queue that hides the launches) with a cold
+L2 cache, the median of --repeat; those of whole networks include the launches.
+
+    ratio       time of this way by the time of the first; above 1 the first is faster
+    GB/s        bytes that a fused kernel must move, by the time
+    % floor     the time that the GPU needs for these bytes, or for the exponentials, by the time
+    peak MiB    memory that the call needs at most, besides its inputs
+
+All ways run one after the other on the same machine; compare only within one run.
+
+Without a GPU only the PyTorch paths run, on smaller inputs, by the clock. The ways to write window
+attention are in baselines.py.
+"""
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+import models
+import run
+from bench import baselines
+from kernels import attention, pixel_shuffle
+
+GPU = torch.cuda.is_available()
+MODELS = ("swinir", "swinir_light", "dat", "dat_light", "drn_s")
+
+# Bytes and exponentials a second that can be reached: of the first GPU whose name fits.
+CEILINGS = {
+    "H200": (4.3e12, 4.2e12),
+    "H100": (3.0e12, 4.2e12),
+    "": (4.3e12, 4.2e12),            # any other: as if it were an H200
+}
+
+
+class Attention(NamedTuple):
+    B: int                           # pictures
+    H: int
+    W: int
+    heads: int
+    d: int                           # channels of a head
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    crossed: bool
+
+
+class Convolution(NamedTuple):
+    C: int
+    outputs: int
+    r: int
+    W: int
+    H: int
+
+
+ATTENTION = {
+    "swinir 16x64x64": Attention(16, 64, 64, 6, 30, (8, 8), (4, 4), False),
+    "swinir 1x184x320": Attention(1, 184, 320, 6, 30, (8, 8), (4, 4), False),
+    "swinir_light 16x64x64": Attention(16, 64, 64, 6, 10, (8, 8), (4, 4), False),
+    "dat 16x64x64": Attention(16, 64, 64, 6, 30, (8, 32), (4, 16), True),
+}
+CONVOLUTION = {
+    "conv 64->256 r2 320x180": Convolution(64, 64, 2, 320, 180),
+    "conv 64->256 r2 640x360": Convolution(64, 64, 2, 640, 360),
+    "conv 60->48 r4 320x180": Convolution(60, 3, 4, 320, 180),
+    "conv 60->48 r4 640x360": Convolution(60, 3, 4, 640, 360),
+}
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def by_the_clock(function: Callable, repeat: int) -> float:
+    """Median seconds of a call, launches included."""
+    times = []
+    for _ in range(repeat):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def on_the_gpu(function: Callable, repeat: int) -> float:
+    """Median seconds of a call on the GPU, with nothing of its inputs in the L2 cache."""
+    wipe = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeat):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(4_000_000)         # about 2 ms, in which the launches below are queued
+        wipe.zero_()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def peak(function: Callable) -> int | None:
+    """Bytes of GPU memory that a call needs at most, besides what was there."""
+    if not GPU:
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Rows:
+    """The results of one case, printed as they come; the first is what the others are compared to.
+
+    moved: bytes that a fused kernel must move; floor: seconds that the GPU needs; 0: not known.
+    """
+    def __init__(self, case: str, timer: Callable, repeat: int, moved: int = 0, floor: float = 0):
+        self.case = case
+        self.timer = timer
+        self.repeat = repeat
+        self.moved = moved
+        self.floor = floor
+        self.rows = []
+
+    def measure(self, way: str, function: Callable) -> None:
+        """Adds the row of a way; one that fails gets a row with the reason."""
+        row = dict(case=self.case, way=way)
+        try:
+            for _ in range(3):
+                function()
+            row["seconds"] = self.timer(function, self.repeat)
+            row["peak"] = peak(function)
+        except Exception as error:           # the limits of a baseline are a result
+            if way.startswith("triton"):
+                raise
+            reason = str(error).strip().splitlines() or [""]
+            row["failed"] = f"{type(error).__name__}: {reason[0][:100]}"
+        else:
+            first = self.rows[0] if self.rows else row
+            row["ratio"] = row["seconds"] / first["seconds"] if "seconds" in first else None
+            if GPU and self.moved:
+                row["GB_per_s"] = self.moved / row["seconds"] / 1e9
+                row["of_floor"] = self.floor / row["seconds"]
+        self.rows.append(row)
+        show(row)
+
+
+def show(row: dict) -> None:
+    """Prints a row of the table."""
+    if "failed" in row:
+        print(f"{row['case']:42} {row['way']:14} {row['failed']}", flush=True)
+        return
+    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    speed = f"{row['GB_per_s']:.0f}" if "GB_per_s" in row else "-"
+    share = f"{100 * row['of_floor']:.0f}" if "of_floor" in row else "-"
+    memory = "-" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
+    print(f"{row['case']:42} {row['way']:14} {row['seconds'] * 1e6:10.1f} {ratio:>6} "
+          f"{speed:>6} {share:>8} {memory:>9}", flush=True)
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes and exponentials a second of this GPU."""
+    name = torch.cuda.get_device_name() if GPU else ""
+    for known, numbers in CEILINGS.items():
+        if known in name:
+            return numbers
+    raise AssertionError("CEILINGS ends with a name that always fits")
+
+
+# ---- single operations --------------------------------------------------------------------------
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def around(core: Callable, ready: list[baselines.Ready]) -> Callable:
+    """Window attention around one of the cores of baselines.py, index and mask made beforehand."""
+    def attend(qkv: Tensor, bias_table: Tensor, **settings) -> Tensor:
+        return baselines.written_out(core, qkv, bias_table, ready=ready, **settings)
+
+    return attend
+
+
+def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
+    """{name: a function with the signature of kernels.window_attention}; ours comes first."""
+    authors = around(baselines.authors, ready)
+    if not GPU:
+        return {
+            "ours, PyTorch": attention.torch_path,
+            "eager": authors,
+            "reference": attention.reference,
+        }
+    fused = around(baselines.memory_efficient, ready)
+    return {
+        "triton": kernels.window_attention,
+        "eager": authors,
+        "compiled": compiled(authors),
+        "sdpa": fused,
+        "sdpa compiled": compiled(fused),
+        "flex compiled": compiled(around(baselines.flex, ready)),
+        "ours, PyTorch": attention.torch_path,
+    }
+
+
+def attention_rows(name: str, case: Attention, repeat: int) -> list[dict]:
+    """Forward, and forward with backward, in every way."""
+    device = "cuda" if GPU else "cpu"
+    dtype = torch.bfloat16 if GPU else torch.float32
+    B, H, W, heads, d, window, shift, crossed = case
+    if not GPU:
+        B, H, W = 1, 64, 64
+    A = heads * d
+    settings = dict(heads=heads, window=window, shift=shift, scale=d**-0.5, crossed=crossed)
+    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads, device=device)
+    qkv = torch.randn(B, H, W, 3 * A, device=device, dtype=dtype)
+    dout = torch.randn(B, H, W, A, device=device, dtype=dtype)
+    torch._dynamo.reset()                    # what is compiled, is compiled for this case alone
+    ways = ways_of_attention(baselines.prepare(qkv, window, shift, crossed))
+
+    byte_rate, exponential_rate = ceilings()
+    tokens = B * H * W
+    exponentials = tokens * window[0] * window[1] * heads
+    moved = tokens * (4 * A * qkv.element_size() + 4 * heads)    # q, k, v, out and lse
+    floor = max(moved / byte_rate, exponentials / exponential_rate)
+    timer = on_the_gpu if GPU else by_the_clock
+    forward = Rows(f"{name} forward", timer, repeat, moved, floor)
+    with torch.no_grad():
+        for way, function in ways.items():
+            forward.measure(way, partial(function, qkv, table, **settings))
+
+    moved += tokens * (7 * A * qkv.element_size() + 4 * heads)
+    floor = max(moved / byte_rate, 2 * exponentials / exponential_rate)
+    both = Rows(f"{name} forward + backward", timer, repeat, moved, floor)
+    qkv.requires_grad_()
+    table.requires_grad_()
+    for way, function in ways.items():
+        attend = partial(function, qkv, table, **settings)
+        both.measure(way, partial(forward_backward, attend, (qkv, table), dout))
+    return forward.rows + both.rows
+
+
+def forward_backward(function: Callable, inputs: tuple, dout: Tensor) -> None:
+    torch.autograd.grad(function(), inputs, dout)
+
+
+def convolution_rows(name: str, case: Convolution, repeat: int) -> list[dict]:
+    """Forward, for one picture, in every way."""
+    device = "cuda" if GPU else "cpu"
+    dtype = torch.bfloat16 if GPU else torch.float32
+    C, outputs, r, W, H = case
+    columns = outputs * r * r
+    x = torch.randn(1, C, H, W, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(columns, C, 3, 3, device=device, dtype=dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(columns, device=device, dtype=dtype)
+    torch._dynamo.reset()
+    ways = {"ours, PyTorch": pixel_shuffle.torch_path}
+    if GPU:
+        ways = {
+            "triton": kernels.conv3x3_pixel_shuffle,
+            "eager": pixel_shuffle.torch_path,
+            "compiled": compiled(pixel_shuffle.torch_path),
+        }
+    moved = (C + columns) * H * W * x.element_size()
+    timer = on_the_gpu if GPU else by_the_clock
+    rows = Rows(name, timer, repeat, moved, moved / ceilings()[0])
+    with torch.no_grad():
+        for way, function in ways.items():
+            rows.measure(way, partial(function, x, weight, bias, r))
+    return rows.rows
+
+
+# ---- whole networks -----------------------------------------------------------------------------
+OUR_ATTENTION = kernels.window_attention
+
+
+def set_way(way: str) -> None:
+    """What the networks call: the kernels, our PyTorch path, or attention as the authors write it.
+
+    way: "triton", "torch" or "authors", and perhaps more words.
+    """
+    name = way.split()[0]
+    kernels.choose("triton" if name == "triton" else "torch")
+    kernels.window_attention = OUR_ATTENTION
+    if name == "authors":
+        kernels.window_attention = baselines.authors_attention
+
+
+def model_rows(name: str, repeat: int) -> list[dict]:
+    """The whole network on one low-resolution picture of 320×180, launches included."""
+    ways = ["torch", "authors"]
+    low = torch.rand(1, 3, 48, 64)
+    if GPU:
+        ways = ["triton", "triton compiled", "torch", "torch compiled", "authors",
+                "authors compiled"]
+        low = torch.rand(1, 3, 180, 320, device="cuda")
+    low = low.contiguous(memory_format=torch.channels_last)
+    rows = Rows(f"{name} {low.shape[3]}x{low.shape[2]}", by_the_clock, repeat)
+    for way in ways:
+        set_way(way)
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network = models.inference(models.build(name), "bf16" if GPU else "float32")
+        network = network.to(low.device)
+        if way.endswith("compiled"):
+            network = torch.compile(network, dynamic=False)
+        with torch.no_grad():
+            rows.measure(way, partial(network, low))
+    set_way("torch")
+    return rows.rows
+
+
+def training_rows(repeat: int) -> list[dict]:
+    """A training step of swinir on 16 patches of 64×64, in bfloat16 by autocast, on a GPU."""
+    rows = Rows("swinir training step 16x64x64", on_the_gpu, repeat)
+    for way in ("triton", "torch", "authors"):
+        set_way(way)
+        torch.manual_seed(0)
+        network = models.build("swinir").to("cuda")
+        optimiser = torch.optim.Adam(network.parameters(), 1e-5)
+        low = torch.rand(16, 3, 64, 64, device="cuda")
+        rows.measure(way, partial(training_step, network, optimiser, low))
+        del network, optimiser               # their memory, before the next
+    set_way("torch")
+    return rows.rows
+
+
+def training_step(network: torch.nn.Module, optimiser: torch.optim.Optimizer, low: Tensor) -> None:
+    """One step of some loss."""
+    with torch.autocast("cuda", torch.bfloat16):
+        images = network(low).images.values()
+        loss = sum(image.float().square().mean() for image in images)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+# ---- the command --------------------------------------------------------------------------------
+def output(*command: str) -> str | None:
+    """What a program prints; None if it cannot be run."""
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+def machine() -> dict:
+    """What the times depend on."""
+    try:
+        import triton
+        version = triton.__version__
+    except ImportError:
+        version = None
+    return dict(
+        gpu=torch.cuda.get_device_name() if GPU else None,
+        driver=output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        triton=version,
+        python=platform.python_version(),
+        commit=output("git", "rev-parse", "--short", "HEAD"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=MODELS, help="time this whole network instead of single operations")
+    add("--only", metavar="TEXT", default="", help="only operations whose name holds this text")
+    add("--repeat", type=run.at_least(1), default=50 if GPU else 3,
+        help="measurements of which the median counts (default: 50, on a CPU 3)")
+    add("--json", metavar="FILE", help="write the rows here, too")
+    args = parser.parse_args()
+    facts = machine()
+    if not GPU:
+        print("no GPU: only the PyTorch paths run, in float32, on one picture instead of sixteen")
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    print(f"{'case':42} {'way':14} {'µs':>10} {'ratio':>6} {'GB/s':>6} {'% floor':>8} "
+          f"{'peak MiB':>9}")
+    rows = []
+    if args.model:
+        rows += model_rows(args.model, args.repeat)
+        if args.model == "swinir" and GPU:
+            rows += training_rows(args.repeat)
+    else:
+        kernels.choose("triton" if GPU else "torch")
+        for name, case in ATTENTION.items():
+            if args.only in name:
+                rows += attention_rows(name, case, args.repeat)
+        for name, case in CONVOLUTION.items():
+            if args.only in name:
+                rows += convolution_rows(name, case, args.repeat)
+    if args.json:
+        blob = json.dumps(dict(machine=facts, rows=rows), indent=1).encode()
+        run.write_file(args.json, blob)
+
+
+if __name__ == "__main__":
+    run.command(main)

@@ -1,0 +1,140 @@
+"""Blind degradation: batches that are blurred by kernels which the network is not told.
+
+A camera does not reduce by bicubic: its image is blurred by a lens, by motion, by being out of
+focus. A blind network (backbones/dcls.py) sees a low-resolution image, estimates the kernel that
+blurred it, and sharpens accordingly. To train one, originals are blurred by random kernels before
+they are reduced ("Setting 2" of DCLS, Luo et al., CVPR 2022):
+
+    low = reduced(kernel ∗ high), rounded to 8 bits
+
+But the network works on small images, where `kernel` is of no use: it belongs to the pixels of the
+original. What it is trained to find is a kernel k* of the small image (DCLS calls this the
+reformulated degradation) with
+
+    reduced(kernel ∗ high) = k* ∗ reduced(high)
+
+A convolution is a product of spectra, so k* is the quotient of the spectra of the two reductions;
+`corrected_kernel` says what keeps it from being noise.
+
+Not here: the network that estimates kernels (backbones/dcls.py, to be read next), its loss.
+"""
+import math
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from backbones.base import SR
+from bicubic import resize
+
+EPSILON = 1e-4  # see corrected_kernel
+
+
+def blind(batches: Iterator[SR], size: int, seed: int, start: int = 0,
+          epsilon: float = EPSILON) -> Iterator[SR]:
+    """Replace the low-resolution images of every batch, and add the kernel that is to be found.
+
+    batches: a stream of `SR`, in 0..1, which is at step `start`; it is closed with this one.
+    size, epsilon: see `degrade`. Step k depends on (seed, k, batch) alone. The work is done on the
+    device of the batches; the random numbers are drawn on the CPU, the same for every device.
+    """
+    with closing(batches):
+        for k, batch in enumerate(batches, start):
+            scale = max(batch.images)
+            mixed = np.random.default_rng((seed, k)).integers(1 << 32)  # torch's seeds have 32 bits
+            generator = Generator().manual_seed(int(mixed))
+            yield degrade(batch.images[scale], scale, size, generator, epsilon)
+
+
+@torch.no_grad()
+def degrade(high: Tensor, scale: int, size: int, generator: Generator,
+            epsilon: float = EPSILON) -> SR:
+    """Make a blind batch of originals: {1: low, scale: high} with the kernels k* to be found.
+
+    high: (N, 3, H, W) in 0..1, float, on any device; H and W multiples of the scale.
+    size: the side of the kernels, of those that blur (in pixels of the original) and of k* (in
+      pixels of low) alike. DCLS uses 31 for ×4 and 11 for ×2.
+    Returns low (N, 3, H/scale, W/scale), multiples of 1/255 in 0..1, and k* (N, 1, size, size).
+    Raises ValueError where low would be smaller than its kernel, or H or W is no multiple.
+    """
+    height, width = high.shape[2:]
+    if min(height, width) < size * scale or height % scale or width % scale:
+        raise ValueError(f"cannot blur an image of {width}x{height} pixels for a blind x{scale}: "
+                         f"its sides must be multiples of {scale} and at least {size * scale} "
+                         f"({size} LR pixels, the kernel)")
+    drawn = blind_kernels(len(high), size, generator).to(high)
+    blurred = resize(blur_images(high, drawn), 1 / scale)
+    clean = resize(high, 1 / scale)
+    low = (blurred.clamp(0, 1) * 255).round() / 255
+    return SR({1: low, scale: high}, corrected_kernel(blurred, clean, size, epsilon))
+
+
+def degrade_picture(high: np.ndarray, scale: int, size: int,
+                    seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Degrade a whole picture, uint8 (H, W, 3), by the random kernel of this seed.
+
+    Returns low, uint8 (H/scale, W/scale, 3), and k*, float32 (size, size). Else as `degrade`.
+    """
+    image = torch.from_numpy(high).permute(2, 0, 1)[None].float() / 255
+    made = degrade(image, scale, size, Generator().manual_seed(seed))
+    low = (made.images[1][0] * 255).round().byte()
+    low = low.permute(1, 2, 0).contiguous()
+    return low.numpy(), made.kernel[0, 0].numpy()
+
+
+def blind_kernels(count: int, size: int, generator: Generator) -> Tensor:
+    """Draw Gaussian kernels, float32 (count, 1, size, size) on the generator's device, each sum 1.
+
+    Their deviations along two axes at right angles are U(0.6, 5) pixels of the original, the axes
+    are turned by U(-π, π), and every weight is multiplied by 1 + U(0, 0.25).
+    """
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        drawn = torch.rand(count, *shape, generator=generator, device=generator.device)
+        return low + (high - low) * drawn
+
+    deviation_a = uniform(0.6, 5, 1, 1, 1)
+    deviation_b = uniform(0.6, 5, 1, 1, 1)
+    angle = uniform(-math.pi, math.pi, 1, 1, 1)
+    x = torch.arange(size, device=generator.device) - size // 2
+    y = x[:, None]
+    a = angle.cos() * x + angle.sin() * y  # (count, 1, size, size): distances along the two axes
+    b = angle.cos() * y - angle.sin() * x
+    gaussian = torch.exp(-((a / deviation_a) ** 2 + (b / deviation_b) ** 2) / 2)
+    weights = gaussian * uniform(1, 1.25, 1, size, size)
+    return weights / weights.sum((2, 3), keepdim=True)
+
+
+def blur_images(x: Tensor, weights: Tensor) -> Tensor:
+    """Convolve every image with its own kernel, (N, C, H, W) with (N, 1, k, k) -> (N, C, H, W).
+
+    Outside, the image is mirrored and its border not repeated, so H and W must exceed k // 2.
+    """
+    padded = F.pad(x, (weights.shape[-1] // 2,) * 4, mode="reflect")
+    weights = weights.flip(2, 3)  # conv2d is a correlation, a convolution flips the kernel
+    images_as_channels = padded.transpose(0, 1)  # (C, N, H, W): one group each
+    return F.conv2d(images_as_channels, weights, groups=len(x)).transpose(0, 1)
+
+
+def corrected_kernel(blurred: Tensor, clean: Tensor, size: int, epsilon: float = EPSILON) -> Tensor:
+    """Find the kernel k* with blurred = k* ∗ clean: (N, 1, size, size), not negative, sum 1.
+
+    blurred, clean: reduced images (N, 3, h, w), float, not rounded, h and w >= size; they are taken
+      as periodic. Each colour gives a quotient of spectra. A weight of k* is their mean where the
+      three agree, that is, have a positive product, else 0. The noise that is left is removed by
+      subtracting 3/4 of the 41st largest weight: about 40 pixels hold the kernels of either scale.
+    epsilon: keeps the quotient finite, B / C = conj(C) · B / (|C|² + epsilon). The release's 1e-20
+      yields a useless kernel for one photograph in a hundred.
+    """
+    spectrum = torch.fft.rfft2(clean)
+    power = torch.view_as_real(spectrum).square().sum(-1)
+    quotient = spectrum.conj() * torch.fft.rfft2(blurred) / (power + epsilon)
+    colours = torch.fft.irfft2(quotient, clean.shape[2:])  # (N, 3, h, w), the centre at 0, 0
+    colours = colours.roll((size // 2, size // 2), (2, 3))[..., :size, :size]
+    agree = colours.prod(1, keepdim=True) > 0
+    k = torch.where(agree, colours.mean(1, keepdim=True), 0)
+    threshold = 0.75 * k.flatten(1).topk(41).values[:, -1]
+    k = (k - threshold.view(-1, 1, 1, 1)).clamp(0, 1)
+    return k / (k.sum((2, 3), keepdim=True) + 1e-20)

@@ -1,0 +1,251 @@
+"""Picture files: read any kind, write one in full or not at all; and where results go.
+
+Everything inside the project is 8-bit RGB. `decode` turns what people have into that: 16-bit grey,
+palettes, CMYK, transparency, pictures that a camera took sideways. What it cannot read becomes one
+sentence that names the file. `plan` finds the pictures that a user names and decides what their
+enlargements are called, so that nothing is overwritten by accident.
+
+Not here: folders and sets of pictures (data.py, which offers all this again).
+"""
+import glob
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from run import WrongUsage, write_file
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+MAX_PIXELS = 1 << 29  # the largest picture read: 536 million pixels, 1.6 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is lower and warns; `decode` checks ours
+SAVE_OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+
+
+class Format(NamedTuple):
+    """What a file format can hold."""
+    alpha: bool
+    longest: int                 # side, in pixels
+
+
+FORMATS = {
+    ".png": Format(True, 2**31),
+    ".tif": Format(True, 2**31),
+    ".tiff": Format(True, 2**31),
+    ".webp": Format(True, 16383),
+    ".bmp": Format(False, 2**15),
+    ".jpg": Format(False, 65500),
+    ".jpeg": Format(False, 65500),
+}
+
+
+class Decoded(NamedTuple):
+    """A picture file as uint8 arrays."""
+    rgb: np.ndarray           # (H, W, 3)
+    alpha: np.ndarray | None  # (H, W), where the file has transparency
+    grey: bool                # the file has one colour channel; the three of `rgb` are equal
+
+
+def decode(path: str | os.PathLike) -> Decoded:
+    """Read any picture file that Pillow can read, turned upright as its EXIF tag says.
+
+    Of several frames it is the first. 16-bit grey becomes 8-bit by division by 257, rounded
+    (65535 → 255). Colour profiles are ignored.
+    Raises ValueError, naming the file, where it is missing, damaged, no picture or too large.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height <= MAX_PIXELS:
+                return to_arrays(ImageOps.exif_transpose(image))
+            pixels = f"{image.width}x{image.height}"
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: check the path") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ValueError(f"cannot read {path} as a picture ({error}): replace or remove the "
+                         f"file") from error
+    raise ValueError(f"{path} has {pixels} pixels, above the limit of {MAX_PIXELS}: cut it into "
+                     f"smaller pictures")
+
+
+def to_arrays(image: Image.Image) -> Decoded:
+    """Convert any mode of Pillow's; alpha comes from the mode or from a transparent colour."""
+    if image.mode == "F":
+        raise ValueError("it holds floating-point values, save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16 in both byte orders, and I, Pillow's mode of 16-bit PGM
+        image = to_8_bit(image)
+    grey = image.mode in ("1", "L", "LA", "La")
+    if not image.has_transparency_data:
+        return Decoded(np.array(image.convert("RGB")), None, grey)
+    rgba = np.array(image.convert("RGBA"))
+    return Decoded(np.ascontiguousarray(rgba[..., :3]), rgba[..., 3].copy(), grey)
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert 16-bit grey: 65535 / 257 = 255, so white stays white."""
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("it holds values outside 0..65535, save it with 8 or 16 bits")
+    rounded = (wide + 128) // 257
+    return Image.fromarray(rounded.astype(np.uint8))
+
+
+def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write a picture in the format of the path's extension, in full or not at all.
+
+    array: uint8 (H, W), (H, W, 3) or (H, W, 4). JPEG gets quality 95, WebP is lossless.
+    Raises ValueError for an unknown extension or an array that the format cannot hold, OSError as
+    `run.write_file` does.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    blob = io.BytesIO()
+    try:
+        if kind not in Image.SAVE:
+            raise ValueError("unknown extension")
+        Image.fromarray(array).save(blob, kind, **SAVE_OPTIONS.get(kind, {}))
+    except (OSError, TypeError, ValueError) as error:
+        what = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"cannot write {path} from {what} ({error}): use .png and uint8 "
+                         f"(H, W, 3)") from error
+    write_file(path, blob.getvalue())
+
+
+def size(image: np.ndarray) -> str:
+    """Return "WxH", as people write it."""
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+# ---- which files, and where their results go -----------------------------------------------------
+def list_pictures(folder: Path) -> list[Path]:
+    """Return all picture files below a folder, sorted by path.
+
+    Names with a leading dot are leftovers of other programs.
+    """
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS]
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+
+
+class Job(NamedTuple):
+    """A picture and where its enlargement goes."""
+    source: Path
+    target: Path
+
+
+def find_inputs(given: list[str]) -> list[tuple[Path, Path]]:
+    """[(file, its name within the folder it was found in)] for files, folders and patterns.
+
+    ValueError: one that names no picture.
+    """
+    found = []
+    for text in given:
+        path = Path(text)
+        if path.is_dir():
+            files = list_pictures(path)
+            names = [file.relative_to(path) for file in files]
+        elif path.exists() or not glob.has_magic(text):
+            files = [path]
+            names = [Path(path.name)]
+        else:
+            matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
+            files = [file for file in matches if file.suffix.lower() in EXTENSIONS]
+            names = [Path(file.name) for file in files]
+        if not files:
+            raise ValueError(f"{text} holds no picture ({' '.join(sorted(EXTENSIONS))})")
+        if not files[0].exists():
+            raise ValueError(f"{text} does not exist: check the path")
+        found += zip(files, names)
+    return found
+
+
+def plan(given: list[str], output: str | None, scale: int, force: bool) -> list[Job]:
+    """The pictures to make; WrongUsage where one would overwrite something.
+
+    Without `output` a picture goes beside its original as name_x4.png; `output` may be a file (for
+    one picture) or a folder, in which the sub-folders of a given folder are kept.
+    """
+    inputs = find_inputs(given)
+    as_file = output and Path(output).suffix.lower() in FORMATS and not Path(output).is_dir()
+    if as_file and len(inputs) > 1:
+        raise WrongUsage(f"--output {output} is one file, {len(inputs)} pictures were given: "
+                         f"give a folder")
+    if output and not as_file and Path(output).suffix and not Path(output).is_dir():
+        raise WrongUsage(f"--output {output}: unknown extension, use one of {' '.join(FORMATS)}, "
+                         f"or the name of a folder")
+    jobs = []
+    for source, name in inputs:
+        target = source.with_name(f"{source.stem}_x{scale}.png")
+        if as_file:
+            target = Path(output)
+        elif output:
+            target = Path(output) / name.parent / target.name
+        jobs.append(Job(source, target))
+    jobs = without_results(jobs, given)
+    check_targets(jobs, force)
+    return jobs
+
+
+def without_results(jobs: list[Job], given: list[str]) -> list[Job]:
+    """Leaves out what an earlier call made of the same folder, and what was given twice."""
+    targets = {job.target.resolve() for job in jobs}
+    named = {Path(text).resolve() for text in given}
+    kept, seen = [], set()
+    for job in jobs:
+        source = job.source.resolve()
+        is_result = source in targets and source not in named
+        if not is_result and source not in seen:
+            kept.append(job)
+        seen.add(source)
+    return kept
+
+
+def check_targets(jobs: list[Job], force: bool) -> None:
+    """WrongUsage where two pictures would go to one file, or a file would be overwritten."""
+    sources = {job.source.resolve() for job in jobs}
+    taken = {}
+    for job in jobs:
+        target = job.target.resolve()
+        if target in taken:
+            raise WrongUsage(f"{taken[target]} and {job.source} would both be written to "
+                             f"{job.target}: give them one by one, with --output FILE")
+        if target in sources:
+            raise WrongUsage(f"{job.target} is one of the pictures to enlarge, it would be "
+                             f"overwritten: give another --output")
+        if target.exists() and not force:
+            raise WrongUsage(f"{job.target} exists already: give another --output, or --force to "
+                             f"overwrite it")
+        taken[target] = job.source
+
+
+def make_folders(jobs: list[Job], output: str | None) -> None:
+    """Makes the folder of --output DIR; that of --output FILE must be there."""
+    for job in jobs:
+        if output and job.target == Path(output):
+            if not job.target.resolve().parent.is_dir():
+                raise ValueError(f"{job.target}: its folder does not exist, create it first")
+        else:
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_size(job: Job, shape: tuple[int, int], scale: int) -> None:
+    """ValueError where the target's format cannot hold the enlarged picture."""
+    longest = FORMATS[job.target.suffix.lower()].longest
+    if max(shape) * scale > longest:
+        height, width = shape
+        raise ValueError(f"{job.target}: its format holds {longest} pixels a side, "
+                         f"{width}x{height} times {scale} is more: use .png")
+
+
+def look(path: Path) -> tuple[int, int, bool]:
+    """(height, width, whether it has 16 bits a sample) from a file's header.
+
+    (1, 1, False) for a file that cannot be read: that is told when its turn comes. Of 16-bit colour
+    Pillow keeps the upper 8 bits without a word.
+    """
+    try:
+        with Image.open(path) as image:
+            bits = [str(part[3]) for part in image.tile]
+            wide = image.mode.startswith("I") or any("16" in text for text in bits)
+            return image.height, image.width, wide
+    except Exception:                        # Pillow's decoders raise nearly anything
+        return 1, 1, False

@@ -1,0 +1,196 @@
+"""The flags of train.py: their names, what they change, and which do not go together.
+
+A run is decided by its settings (train.Settings): a preset, changed by flags of the same names.
+Flags that only say where and with what to work (device, kernels, memory, test pictures, run folder)
+are no settings. Not here: the numbers and what they mean; they are in train.py.
+"""
+import argparse
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+import prune
+from run import WrongUsage, number, positive, usable_device
+
+
+def target(text: str) -> tuple[str, float]:
+    """The type of --budget: params=F or madds=F."""
+    match = re.fullmatch(r"(params|madds)=(0?\.\d+|1(?:\.0*)?)", text)
+    if not match or not float(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not params=F or madds=F with F in (0, 1]")
+    return match[1], float(match[2])
+
+
+def teacher_file(text: str) -> str:
+    """The type of --teacher: ARCH:FILE."""
+    arch, colon, _ = text.partition(":")
+    if not colon or arch not in models.PRESETS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not ARCH:FILE with ARCH one of {', '.join(models.PRESETS)}")
+    return text
+
+
+def parse_args(presets: dict, argv: list[str] | None = None) -> tuple:
+    """(args, settings) of the command line: resources and run folder, and all that decides the run.
+
+    presets: train.PRESETS. Wrong flags end the process with a sentence and exit code 2.
+    """
+    parser = argparse.ArgumentParser(description="Train, compress and report: dual regression "
+                                     "compression.", allow_abbrev=False)
+    natural = number(int, 1)
+    add = parser.add_argument_group("what").add_argument
+    add("--arch", choices=tuple(models.PRESETS), required=True, help="the network")
+    add("--scale", type=int, default=4, help="upscaling factor (default 4)")
+    add("--prune", type=number(float, 0, 1), default=0.0, metavar="R",
+        help="remove about this part of the hidden channels; 0 only trains")
+    add("--budget", type=target, metavar="params=F|madds=F",
+        help="compress the whole network to this part of its cost")
+    add("--preset", choices=("quick", "default", "paper"),
+        help="the numbers below (default: quick without a GPU, default with one)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
+    add("--test", metavar="DIR",
+        help="report on these pictures (default: eight photographs of scikit-image)")
+    add("--memory", type=positive, default=4.0, metavar="GIB",
+        help="for decoded pictures (default 4)")
+    add("--pictures", type=natural, metavar="N", help="how many pictures to generate")
+    add = parser.add_argument_group("training").add_argument
+    add("--pretrained", metavar="FILE",
+        help="start from these weights, official or ours, instead of training")
+    add("--pretrained-dual", metavar="FILE",
+        help="official file of the duals: a list of state dicts")
+    add("--channels", metavar="FILE",
+        help="channel numbers of a --pretrained network that is already pruned")
+    add("--steps", type=natural, metavar="N",
+        help="training steps; with --pretrained: train it further")
+    add("--patch", type=natural, metavar="N", help="side of an HR training patch in pixels")
+    add("--batch", type=natural, metavar="N", help="patches per training step")
+    add("--rate", type=positive, metavar="F", help="learning rate of training")
+    add = parser.add_argument_group("compression").add_argument
+    add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
+    add("--first-order", action="store_const", const=True,
+        help="search without the second-order term: 3 passes, not 5")
+    add("--round", type=int, choices=(4, 8), default=4,
+        help="widths are multiples of this (default 4; 8 suits GPUs)")
+    add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
+    add("--teacher", type=teacher_file, metavar="ARCH:FILE",
+        help="distil from this network (default: the unpruned one)")
+    add = parser.add_argument_group("run").add_argument
+    add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, pictures and patches")
+    add("--kernels", choices=("torch", "triton"),
+        help="default: triton where there is a GPU and Triton")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        settings = settle(args, presets)
+    except WrongUsage as error:
+        parser.error(str(error))
+    args.run = Path(args.run or default_folder(settings))
+    return args, settings
+
+
+def blueprint(arch: str, scale: int) -> nn.Module:
+    """The network without memory for its weights: for what it says about itself."""
+    with torch.device("meta"):
+        return models.build(arch, scale)
+
+
+def settle(args: argparse.Namespace, presets: dict):
+    """The settings: a preset with what the flags change.
+
+    WrongUsage: an unknown scale, a network without settings, flags that do not go together.
+    """
+    try:
+        network = blueprint(args.arch, args.scale)
+    except ValueError as error:
+        raise WrongUsage(f"--scale: {error}") from error
+    family = args.arch.partition("_")[0]
+    preset = args.preset or ("default" if args.device.type == "cuda" else "quick")
+    if (family, preset) not in presets:
+        raise WrongUsage(f"no settings for {args.arch}: add train.PRESETS[{family!r}, {preset!r}]")
+    settings = presets[family, preset]
+    given = {}
+    for field in fields(settings):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+    given["preset"] = preset
+    given["continue_training"] = args.steps is not None
+    settings = fitted(replace(settings, **given), args.patch, args.batch)
+    if settings.budget and not settings.prune:
+        settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
+    check(settings, network)
+    return settings
+
+
+def check(settings, network: nn.Module) -> None:
+    """WrongUsage: settings that do not go together."""
+    if settings.preset == "paper" and not settings.data:
+        raise WrongUsage("--preset paper needs --data DIR with DF2K or DIV2K in it")
+    if settings.patch % settings.scale:
+        raise WrongUsage(f"--patch {settings.patch} is not a multiple of the scale "
+                         f"{settings.scale}")
+    trains = settings.continue_training or not settings.pretrained
+    normalises = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    if trains and normalises and settings.batch < 2:
+        raise WrongUsage(f"--batch {settings.batch}: {settings.arch} has BatchNorm over the "
+                         f"patches of a step, give at least 2")
+    if (settings.pretrained_dual or settings.channels) and not settings.pretrained:
+        raise WrongUsage("--pretrained-dual and --channels belong to --pretrained FILE")
+
+
+def fitted(settings, patch: int | None, batch: int | None):
+    """The settings with patches that are multiples of the scale, and that fit into memory.
+
+    patch, batch: what was given for training. A smaller one is meant for all stages, since somebody
+    has little memory; the patch itself is left as it was given.
+    """
+    scale = settings.scale
+    train_patch = settings.patch
+    search_patch, select_patch = settings.search_patch, settings.select_patch
+    search_batch, select_batch = settings.search_batch, settings.select_batch
+    if patch is None:
+        train_patch -= train_patch % scale
+    else:
+        search_patch = min(search_patch, patch)
+        select_patch = min(select_patch, patch)
+    if batch is not None:
+        search_batch = min(search_batch, batch)
+        select_batch = min(select_batch, batch)
+    return replace(settings, patch=train_patch,
+                   search_patch=search_patch - search_patch % scale, search_batch=search_batch,
+                   select_patch=select_patch - select_patch % scale, select_batch=select_batch)
+
+
+def default_folder(settings) -> str:
+    """runs/drn_s_x4_p30, or with a budget runs/drn_s_x4_params70."""
+    if settings.budget:
+        kind, part = settings.budget
+        suffix = f"{kind}{100 * part:02.0f}"
+    else:
+        suffix = f"p{100 * settings.prune:02.0f}"
+    return f"runs/{settings.arch}_x{settings.scale}_{suffix}"
+
+
+def headline(args: argparse.Namespace, settings, using: str) -> str:
+    """The first line of the output: what runs where, and why with this preset.
+
+    using: what kernels.choose says.
+    """
+    gpu = args.device.type == "cuda"
+    if args.preset:
+        why = "given"
+    elif gpu:
+        why = "chosen because there is a GPU"
+    else:
+        why = "chosen because there is no GPU; --preset default trains longer"
+    place = f"{torch.get_num_threads()} CPU threads"
+    if gpu:
+        place = torch.cuda.get_device_name(args.device)
+    return (f"{settings.arch} x{settings.scale} on {place}, preset {settings.preset} ({why}), "
+            f"{using}, run folder {args.run}")

@@ -1,0 +1,382 @@
+"""Window attention with shift, position bias and region mask, as SwinIR and DAT use it.
+
+Swin Transformer, arXiv 2103.14030, Section 3.2. The map of tokens is cut into windows. Within each
+window and for each head, with n tokens in a window and d channels in a head:
+
+    S = scale · q kᵀ + bias − 100 · [regions differ]             (n, n)
+    out = softmax(S) v                                           (n, d), softmax along the keys
+
+The bias depends only on where the key lies as seen from the query. It is read from a table with one
+entry for every difference (Δy, Δx) = place of the query − place of the key.
+
+A worked example: a map of 4×4 tokens, windows of 2×2, shift 1
+--------------------------------------------------------------
+Tokens of different windows never meet in one layer, so every other layer shifts the windows: the
+map is rolled up and left by the shift, cut into windows, and rolled back at the end. Rolling brings
+the top rows to the bottom and the left columns to the right. The letters say which tokens are
+neighbours in the picture (a "region") within each window:
+
+    the map              rolled by 1, cut        regions
+     0  1  2  3            5  6 |  7  4           a  a | a  b
+     4  5  6  7            9 10 | 11  8           a  a | a  b
+     8  9 10 11           ------+------          ------+-----
+    12 13 14 15           13 14 | 15 12           a  a | a  b
+                           1  2 |  3  0           c  c | c  d
+
+    window   tokens at the places 0 1 2 3   the mask lets these see each other
+    0             5   6   9  10             all four
+    1             7   4  11   8             7 and 11;  4 and 8
+    2            13  14   1   2             13 and 14;  1 and 2
+    3            15  12   3   0             nobody but themselves
+
+Everyone else gets −100 added to the score, and e^−100 is as good as 0. Windows in the last row and
+the last column need the mask, no others. In window 1 the query 4 (place 1, at row 0, column 1) and
+the key 8 (place 3, at row 1, column 1) differ by (Δy, Δx) = (−1, 0): table entry
+(Δy + 1)·3 + (Δx + 1) = 1. A 2×2 window has 3·3 = 9 entries per head, an 8×8 window 225.
+
+What the fused kernels save: memory traffic
+-------------------------------------------
+Everything above is arithmetic on a few thousand scores that fit on the chip. Fused, only q, k, v
+are read (3A numbers a token, A channels in all heads) and out is written (A). Written in PyTorch,
+each operation reads its inputs from memory and writes its result there. Numbers read and written
+per token for SwinIR (A = 180 in 6 heads, windows of 8×8, so 6·64 = 384 scores a token), counted for
+the authors' way in bench/baselines.py:
+
+    scale q                           360      roll there and back      1,440
+    products with k and with v      1,488      cut, put together        2,880
+    bias and mask                   1,600
+    softmax                           768      in all                   8,536, fused 720
+
+On a picture of 320×184 in bfloat16 that is 1,005 MB for one layer, fused 85 MB. The backward pass
+takes 10,273 numbers a token (1,210 MB), fused 1,260 (148 MB): the kernel reads q, k, v and the
+gradient of out, writes those of q, k, v, and computes the scores again rather than reading them.
+
+In this file: `reference`, the text above in PyTorch, line by line; `torch_path`, the same faster,
+for any device; `window_attention`, which the networks call; and the Triton kernels wrapped as a
+PyTorch operation with a gradient. Not here: the Linear layers before and after (they work token by
+token, so it makes no difference whether the map is rolled before or after them), and the network
+that makes DAT's bias table. Read triton_attention.py next.
+"""
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import switch
+
+Size = tuple[int, int]               # rows, columns
+
+
+# ---- what all ways to compute it share ----------------------------------------------------------
+def orientations(qkv: Tensor, bias_table: Tensor, heads: int, window, shift, crossed: bool) -> list:
+    """Splits the heads by the shape of their windows: one part, or two for a crossed attention.
+
+    A part is (q, k, v of its heads (B, H, W, 3, heads, d), its table, its window, its shift).
+    """
+    parts = qkv.unflatten(3, (3, heads, -1))                          # (B, H, W, 3, heads, d)
+    if not crossed:
+        return [(parts, bias_table, window, shift)]
+    half = heads // 2
+    upright = (parts[..., :half, :], bias_table[:, :half], window, shift)
+    turned = (parts[..., half:, :], bias_table[:, half:], window[::-1], shift[::-1])
+    return [upright, turned]
+
+
+def padding(size: Size, window: Size, crossed: bool) -> Size:
+    """How many rows and columns a map lacks to be made of whole windows.
+
+    A crossed attention pads to multiples of the longer side, so that both orientations fit.
+    """
+    h, w = window
+    if crossed:
+        h = w = max(window)
+    return -size[0] % h, -size[1] % w
+
+
+@lru_cache
+def offsets(h: int, w: int, device: torch.device) -> Tensor:
+    """(n, n) entry of the bias table for every query and key of a window of h×w = n tokens."""
+    # Made outside of inference mode, whoever asks first: training uses the same tensor.
+    with torch.inference_mode(False):
+        place = torch.arange(h * w, device=device)
+        y = place // w
+        x = place % w
+        from_y = y[:, None] - y + h - 1                               # Δy + h − 1, 0 or more
+        from_x = x[:, None] - x + w - 1
+        return from_y * (2 * w - 1) + from_x
+
+
+# ---- reference: slow, for any dtype -------------------------------------------------------------
+def reference(
+        qkv: Tensor,
+        bias_table: Tensor,
+        *,
+        heads: int,
+        window: Size,
+        shift: Size = (0, 0),
+        scale: float,
+        crossed: bool = False) -> Tensor:
+    """Computes `window_attention` as the papers describe it, one step after the other."""
+    B, H, W, _ = qkv.shape
+    down, right = padding((H, W), window, crossed)
+    results = []
+    parts = orientations(qkv, bias_table, heads, window, shift, crossed)
+    for part, table, (h, w), (dy, dx) in parts:
+        x = F.pad(part.flatten(3), (0, 0, 0, right, 0, down))         # (B, H', W', 3·heads·d)
+        x = x.roll((-dy, -dx), (1, 2))
+        rows = x.shape[1] // h
+        columns = x.shape[2] // w
+        x = x.view(B, rows, h, columns, w, -1).transpose(2, 3)        # (B, rows, columns, h, w, ·)
+        x = x.reshape(-1, h * w, 3, part.shape[4], part.shape[5])
+        q, k, v = x.permute(2, 0, 3, 1, 4)                            # (windows, heads, n, d) each
+        bias = table[offsets(h, w, qkv.device)].permute(2, 0, 1)      # (heads, n, n)
+        scores = q @ k.transpose(2, 3) * scale + bias
+        if dy:
+            apart = regions_differ(rows, columns, h, w, dy, dx).to(qkv.device)
+            mask = -100.0 * apart.to(scores.dtype)                    # (windows of a map, n, n)
+            scores = scores + mask.repeat(B, 1, 1)[:, None]
+        out = (scores.softmax(-1) @ v).transpose(1, 2)                # (windows, n, heads, d)
+        out = out.reshape(B, rows, columns, h, w, -1).transpose(2, 3)
+        out = out.reshape(B, rows * h, columns * w, -1)               # (B, H', W', heads·d)
+        results.append(out.roll((dy, dx), (1, 2))[:, :H, :W])
+    return torch.cat(results, 3)
+
+
+def regions_differ(rows: int, columns: int, h: int, w: int, dy: int, dx: int) -> Tensor:
+    """(windows of a map, n, n), true where two tokens of a window are no neighbours in the picture.
+
+    The regions of the rolled map are numbered as in Swin: three bands of rows, three of columns.
+    """
+    region = torch.zeros(rows * h, columns * w)
+    region[-h:] += 1
+    region[-dy:] += 1
+    region[:, -w:] += 3
+    region[:, -dx:] += 3
+    region = region.view(rows, h, columns, w).transpose(1, 2).reshape(-1, 1, h * w)
+    return region != region.transpose(1, 2)
+
+
+# ---- PyTorch path: any device, differentiable ---------------------------------------------------
+def torch_path(
+        qkv: Tensor,
+        bias_table: Tensor,
+        *,
+        heads: int,
+        window: Size,
+        shift: Size = (0, 0),
+        scale: float,
+        crossed: bool = False) -> Tensor:
+    """Computes the same as `reference`, faster: no mask for each window, and a fused softmax."""
+    _, H, W, _ = qkv.shape
+    down, right = padding((H, W), window, crossed)
+    results = []
+    parts = orientations(qkv, bias_table, heads, window, shift, crossed)
+    for part, table, (h, w), (dy, dx) in parts:
+        x = part.flatten(3)                                           # (B, H, W, 3·heads·d)
+        if down or right:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        bias = table.t()[:, offsets(h, w, qkv.device)].to(qkv.dtype)  # (heads, n, n)
+        x = attend_shifted(x, bias, h, w, dy, dx, scale) if dy else attend(x, bias, h, w, scale)
+        results.append(x[:, :H, :W])
+    return torch.cat(results, 3) if crossed else results[0]
+
+
+def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, scale: float):
+    """Attention on the rolled map: (B, rows·h, columns·w, 3·heads·d) -> (…, heads·d).
+
+    The map falls into four rectangles: most of it without a mask, the last column of windows, the
+    last row, and the window in the corner. The windows of a rectangle share one (heads, n, n) bias,
+    mask included, whatever the size of the map.
+    """
+    below, beyond = masks(h, w, dy, dx, x.device)                     # (n, n) each
+    below = below.to(bias)
+    beyond = beyond.to(bias)
+    bias_column = bias + beyond
+    bias_row = bias + below
+    bias_corner = bias + torch.minimum(below, beyond)
+    x = x.roll((-dy, -dx), (1, 2))
+    upper, lower = x.split((x.shape[1] - h, h), 1)
+    middle, column = upper.split((x.shape[2] - w, w), 2)
+    row, corner = lower.split((x.shape[2] - w, w), 2)
+    middle = attend(middle, bias, h, w, scale)
+    column = attend(column, bias_column, h, w, scale)
+    upper = torch.cat([middle, column], 2)
+    row = attend(row, bias_row, h, w, scale)
+    corner = attend(corner, bias_corner, h, w, scale)
+    lower = torch.cat([row, corner], 2)
+    return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
+
+
+@lru_cache
+def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The (n, n) masks, 0 or −100, of a window in the last row and of one in the last column.
+
+    The last dy rows of the one and the last dx columns of the other come from the other end of the
+    map. In the corner two tokens are apart if either mask says so.
+    """
+    with torch.inference_mode(False):                                 # as in `offsets`
+        place = torch.arange(h * w, device=device)
+        y = place // w >= h - dy
+        x = place % w >= w - dx
+        return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
+
+
+def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
+    """Attention in windows that share a bias.
+
+    (B, rows·h, columns·w, 3·heads·d) and (heads, n, n) -> (B, rows·h, columns·w, heads·d).
+    """
+    B = x.shape[0]
+    rows = x.shape[1] // h
+    columns = x.shape[2] // w
+    width = x.shape[3] // 3                                           # heads·d
+    x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h))
+    x = x.transpose(2, 3)                                             # (B, rows, columns, h, w, ·)
+    x = x.reshape(B * rows * columns, h * w, 3, len(bias), width // len(bias))
+    q, k, v = x.permute(2, 0, 3, 1, 4)                                # (windows, heads, n, d) each
+    if bias.requires_grad or x.is_meta:
+        # The fused operation below gives no gradient of the bias.
+        x = ((q * scale) @ k.transpose(2, 3) + bias).softmax(-1) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+    x = x.transpose(1, 2).reshape(B, rows, columns, h, w, width).transpose(2, 3)
+    return x.reshape(B, rows * h, columns * w, width)
+
+
+# ---- what the networks call ---------------------------------------------------------------------
+def window_attention(
+        qkv: Tensor,
+        bias_table: Tensor,
+        *,
+        heads: int,
+        window: Size,
+        shift: Size = (0, 0),
+        scale: float,
+        crossed: bool = False) -> Tensor:
+    """Attention of the tokens within each window; see the head of this file.
+
+    qkv: (B, H, W, 3·A), q then k then v, in each head after head, A = heads·d. It is the map before
+        rolling. A map that is not made of whole windows gets rows and columns of zeros below and on
+        the right; these take part as keys and values (q kᵀ = 0, so only the bias counts).
+    bias_table: ((2h−1)·(2w−1), heads) for windows (h, w), see `offsets`.
+    shift: (y, x), both 0 or both within 1..h−1 and 1..w−1.
+    scale: of q kᵀ. Not computed from d: a head that lost channels keeps the scale it had.
+    crossed: the second half of the heads has window and shift turned by 90 degrees (DAT).
+    Returns (B, H, W, A).
+
+    The Triton kernels take windows of 64 or 256 tokens and heads of at most 32 channels in bfloat16
+    or float32; everything else goes the PyTorch path. Raises ValueError for shapes that do not fit
+    each other and for a dtype other than bfloat16, float32, float64.
+    """
+    check(qkv, bias_table, heads, window, shift, crossed)
+    if switch.runs_triton(qkv) and kernels_take(qkv, heads, window):
+        save = torch.is_grad_enabled() and (qkv.requires_grad or bias_table.requires_grad)
+        out, _ = window_attention_op(
+            qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)
+        return out
+    return torch_path(
+        qkv, bias_table, heads=heads, window=window, shift=shift, scale=scale, crossed=crossed)
+
+
+def check(qkv: Tensor, bias_table: Tensor, heads: int, window, shift, crossed: bool) -> None:
+    """Raises ValueError with a sentence that names what is wrong and its value."""
+    h, w = window
+    name = "window_attention:"
+    if qkv.ndim != 4 or qkv.shape[3] == 0 or qkv.shape[3] % (3 * heads) != 0:
+        raise ValueError(f"{name} qkv has shape {tuple(qkv.shape)}, it must be "
+                         f"(B, H, W, 3·heads·d) with {heads} heads")
+    entries = (2 * h - 1) * (2 * w - 1)
+    if tuple(bias_table.shape) != (entries, heads):
+        raise ValueError(f"{name} bias_table has shape {tuple(bias_table.shape)}, "
+                         f"window {h}x{w} and {heads} heads need ({entries}, {heads})")
+    within = 0 < shift[0] < h and 0 < shift[1] < w
+    if tuple(shift) != (0, 0) and not within:
+        raise ValueError(f"{name} shift {shift} must be (0, 0) or within 1..{h - 1}, 1..{w - 1}")
+    if crossed and heads % 2 != 0:
+        raise ValueError(f"{name} crossed needs an even number of heads, not {heads}")
+    if qkv.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} qkv is {qkv.dtype}: use bfloat16 or float32 "
+                         "(float16 overflows in these networks and gives black images)")
+
+
+def kernels_take(qkv: Tensor, heads: int, window) -> bool:
+    """Whether there is a Triton kernel for this window, head width and dtype."""
+    if window[0] * window[1] not in (64, 256):
+        return False
+    head_dim = qkv.shape[3] // 3 // heads
+    return head_dim <= 32 and qkv.dtype in (torch.bfloat16, torch.float32)
+
+
+# ---- the Triton kernels as PyTorch operations ---------------------------------------------------
+# torch.compile sees each as one opaque step, whose output shapes the "fake" versions tell.
+@torch.library.custom_op("drc::window_attention", mutates_args=())
+def window_attention_op(
+        qkv: Tensor,
+        bias_table: Tensor,
+        heads: int,
+        window: list[int],
+        shift: list[int],
+        scale: float,
+        crossed: bool,
+        save: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse). lse, the logarithm of each row's sum of exponentials, is empty unless `save`."""
+    from kernels import triton_attention
+    return triton_attention.forward(qkv, bias_table, heads, window, shift, scale, crossed, save)
+
+
+@torch.library.custom_op("drc::window_attention_backward", mutates_args=())
+def window_attention_backward_op(
+        qkv: Tensor,
+        bias_table: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        heads: int,
+        window: list[int],
+        shift: list[int],
+        scale: float,
+        crossed: bool) -> tuple[Tensor, Tensor]:
+    """(dqkv, dtable), where dout is the gradient of out."""
+    from kernels import triton_attention_backward
+    return triton_attention_backward.backward(
+        qkv, bias_table, out, lse, dout, heads, window, shift, scale, crossed)
+
+
+@window_attention_op.register_fake
+def fake_forward(qkv, bias_table, heads, window, shift, scale, crossed, save):
+    B, H, W, width = qkv.shape
+    down, right = padding((H, W), tuple(window), crossed)
+    tokens = B * (H + down) * (W + right)
+    parts = 2 if crossed else 1
+    saved = tokens * heads // parts if save else 0
+    out = qkv.new_empty(B, H, W, width // 3)
+    return out, qkv.new_empty(parts, saved, dtype=torch.float32)
+
+
+@window_attention_backward_op.register_fake
+def fake_backward(qkv, bias_table, out, lse, dout, heads, window, shift, scale, crossed):
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+
+
+def remember(ctx, inputs, output) -> None:
+    """Keeps what the backward pass needs: no scores, only the inputs, out and lse."""
+    qkv, bias_table, heads, window, shift, scale, crossed, _ = inputs
+    out, lse = output
+    ctx.settings = (heads, window, shift, scale, crossed)
+    ctx.save_for_backward(qkv, bias_table, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, dout: Tensor | None, _):
+    """One gradient for each input of `window_attention_op`; None where there is none."""
+    nothing = (None,) * 6                                             # heads ... save
+    if dout is None:
+        return None, None, *nothing
+    qkv, bias_table, out, lse = ctx.saved_tensors
+    dqkv, dtable = window_attention_backward_op(qkv, bias_table, out, lse, dout, *ctx.settings)
+    return dqkv, dtable, *nothing
+
+
+window_attention_op.register_autograd(gradients, setup_context=remember)

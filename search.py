@@ -1,0 +1,288 @@
+"""Channel number search (DRC, arXiv 2207.07929, Section 4.1): how many channels each layer keeps.
+
+Every layer gets six candidate widths and six numbers α. While the search runs, the layer is the
+mixture of its six versions, weighted by softmax(α), and α is trained along with the weights, on
+images of its own. At the end each layer takes the candidate with the largest α.
+
+The layers are given as `Pair`s (backbones/base.py) and the loss as `loss_fn(out, batch)`, with what
+the network returned and the true images. `fit_budget` is ours: widths for a given total cost.
+
+Not here: which channels are kept (prune.py, to be read next).
+"""
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # of the width that the ratio leaves
+
+
+def candidates(width: int, ratio: float, multiple: int = 4) -> list[int]:
+    """The six widths that a layer of `width` channels may get, for a pruning ratio in [0, 1).
+
+    (1 − ratio)·width·p for p in FRACTIONS, truncated, rounded to the nearest multiple (a tie goes
+    down), within multiple..width. Rounding may leave a little more than the ratio says:
+    candidates(16, 0.3) ends with 12. Equal candidates stay separate options, as in the release.
+    """
+    result = []
+    for p in FRACTIONS:
+        target = int(width * (1 - ratio) * p)
+        rounded = multiple * ((target + (multiple - 1) // 2) // multiple)
+        result.append(min(max(rounded, multiple), width))
+    return result
+
+
+def importance(model: nn.Module, pair) -> Tensor:
+    """(width,): the L1 norm of each channel's slice of the consumers' weights."""
+    total = 0
+    for layer, columns in pair.consumers:
+        weight = model.get_submodule(layer).weight.detach().abs()          # (out, in, ...)
+        of_column = weight.transpose(0, 1).flatten(1).sum(1)               # (in,)
+        total = total + of_column[columns.to(weight.device)].sum(1)
+    return total
+
+
+class Search:
+    """Channel number search (Section 4.1, Algorithm 1): one object, one `step` after another.
+
+    Relaxation. Each layer has six candidate widths n_k and six numbers α; p = softmax(α). Truncated
+    to width n, it keeps the n input channels with the largest L1 norms, rank(j) < n. The layer is
+    linear in its inputs x_j, so the mixture of the six truncated layers is the layer itself with
+    scaled inputs, and its bias stays, because Σ_k p_k = 1:
+
+        Σ_k p_k Σ_{rank(j) < n_k} W_j x_j  =  Σ_j m_j W_j x_j,   m_j = Σ_k p_k [rank(j) < n_k]
+
+    Descent on two levels, as in DARTS (arXiv 1806.09055). The first half T of the training images
+    trains the weights w, the second half V the α's, which should be good for the w that training
+    would reach. One step of descent stands for that training (ξ: `rate` of w, ρ: its `decay`), and
+    the chain rule gives a second term, because w' depends on α through g:
+
+        w' = w − ξ·g,   g = ∇_w L(T; w, α) + ρ·w
+        dL(V; w', α)/dα = ∇_α L(V; w', α) − ξ·∇²_{α,w} L(T; w, α)·v,   v = ∇_{w'} L(V; w', α)
+
+    A second derivative times a vector is a difference of gradients, with ε = 0.01/‖v‖:
+
+        ∇²_{α,w} L(T)·v ≈ (∇_α L(T; w + εv, α) − ∇_α L(T; w − εv, α)) / (2ε)
+
+    (The release multiplies by ε where it should divide: there the term vanishes.) That makes five
+    passes a step. Without the second-order term it is three; unlike the "first order" of DARTS, α's
+    gradient is still taken at w'.
+    """
+    def __init__(self, model: nn.Module, loss_fn: Callable, ratio: float, extra=(),
+                 rate: float = 1e-4, decay: float = 3e-4, clip: float = 5.0,
+                 second_order: bool = True, multiple: int = 4):
+        """model and the parameters in `extra` (the duals of loss_fn) are trained along and are of
+        no use afterwards: hand over copies. clip: largest norm of w's gradient.
+        """
+        model.eval()                         # every pass sees the same network
+        self.model = model
+        self.loss_fn = loss_fn
+        self.rate = rate
+        self.decay = decay
+        self.clip = clip
+        self.second_order = second_order
+        self.pairs = model.pairs()
+        self.candidates = [candidates(pair.width, ratio, multiple) for pair in self.pairs]
+        self.weights = [*model.parameters(), *extra]
+        device = self.weights[0].device
+        self.alphas = []
+        for _ in self.pairs:
+            alpha = 1e-3 * torch.randn(len(FRACTIONS))
+            self.alphas.append(alpha.to(device).requires_grad_())
+        self.alpha_optimiser = torch.optim.Adam(self.alphas, 3e-4, weight_decay=1e-3)
+        self.optimiser = torch.optim.Adam(self.weights, rate)
+        self.best = (float("inf"), [alpha.detach().clone() for alpha in self.alphas])
+
+    def factors(self, pair, alpha: Tensor, widths: list[int]) -> Tensor:
+        """(width,): the factor m_j of every channel, differentiable in α."""
+        order = importance(self.model, pair).argsort(descending=True, stable=True)
+        rank = order.argsort()                                             # (width,)
+        inside = rank[:, None] < torch.tensor(widths, device=rank.device)  # (width, 6)
+        return inside.to(alpha.dtype) @ alpha.softmax(0)
+
+    def scaled_weights(self) -> dict[str, Tensor]:
+        """{name: consumer's weight, its inputs scaled by m}, differentiable in w and α."""
+        result = {}
+        for pair, alpha, widths in zip(self.pairs, self.alphas, self.candidates):
+            m = self.factors(pair, alpha, widths)
+            for layer, columns in pair.consumers:
+                weight = self.model.get_submodule(layer).weight            # (out, in, ...)
+                of_column = m.repeat_interleave(columns.shape[1])          # in attention: all heads
+                scale = m.new_ones(weight.shape[1])
+                scale = scale.index_copy(0, columns.flatten().to(m.device), of_column)
+                shape = (1, -1) + (1,) * (weight.ndim - 2)
+                result[f"{layer}.weight"] = weight * scale.view(shape)
+        return result
+
+    def loss(self, batch) -> Tensor:
+        """L of the relaxed network, a scalar."""
+        out = torch.func.functional_call(self.model, self.scaled_weights(), (batch.images[1],))
+        return self.loss_fn(out, batch)
+
+    def gradient(self, batch, tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, its gradient with respect to each tensor): one forward and one backward pass."""
+        loss = self.loss(batch)
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+        return loss.detach(), gradients
+
+    @contextmanager
+    def moved(self, directions, step: float):
+        """Within it every weight w is w + step·direction; afterwards w again, to the last bit."""
+        kept = [w.detach().clone() for w in self.weights]
+        with torch.no_grad():
+            torch._foreach_add_(self.weights, [step * d for d in directions])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, kept)
+
+    def alpha_gradient(self, train, valid) -> tuple[Tensor, list[Tensor]]:
+        """(loss on V at w', the gradient of each α by the formulas above)."""
+        # Pass 1: g, and the virtual step to w'.
+        _, gradients = self.gradient(train, self.weights)
+        g = [d + self.decay * w.detach() for d, w in zip(gradients, self.weights)]
+        # Pass 2, at w': the direct part of α's gradient, and v.
+        with self.moved(g, -self.rate):
+            loss, gradients = self.gradient(valid, [*self.alphas, *self.weights])
+        direct = gradients[:len(self.alphas)]
+        v = gradients[len(self.alphas):]
+        if not self.second_order:
+            return loss, list(direct)
+        # Passes 3 and 4: α's gradient on both sides of w.
+        epsilon = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
+        with self.moved(v, epsilon):
+            _, plus = self.gradient(train, self.alphas)
+        with self.moved(v, -epsilon):
+            _, minus = self.gradient(train, self.alphas)
+        result = []
+        for d, p, m in zip(direct, plus, minus):
+            result.append(d - self.rate * (p - m) / (2 * epsilon))
+        return loss, result
+
+    def step(self, train, valid) -> tuple[float, float]:
+        """One step of α and one of w, with a batch of T and one of V; returns the two losses."""
+        valid_loss, gradients = self.alpha_gradient(train, valid)
+        for alpha, gradient in zip(self.alphas, gradients):
+            alpha.grad = gradient
+        self.alpha_optimiser.step()
+        # Pass 5: the weights, with the new α.
+        train_loss, gradients = self.gradient(train, self.weights)
+        for weight, gradient in zip(self.weights, gradients):
+            weight.grad = gradient
+        nn.utils.clip_grad_norm_(self.weights, self.clip)
+        self.optimiser.step()
+        return train_loss.item(), valid_loss.item()
+
+    @torch.no_grad()
+    def hold(self, held_out: list) -> float:
+        """Remembers the α's if they are the best so far on held-out training batches.
+
+        (The release chooses by a test set.) Returns the loss.
+        """
+        loss = sum(self.loss(batch).item() for batch in held_out) / len(held_out)
+        if loss < self.best[0]:
+            self.best = (loss, [alpha.detach().clone() for alpha in self.alphas])
+        return loss
+
+    def widths(self, budget: "Budget | None" = None) -> dict[str, int]:
+        """{pair name: channels to keep}, all heads counted: each pair's largest α of the best
+        remembered state, or the best choice within a budget.
+        """
+        scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()   # (pairs, 6)
+        names = [pair.name for pair in self.pairs]
+        sizes = [[pair.heads * n for n in widths]
+                 for pair, widths in zip(self.pairs, self.candidates)]
+        picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
+        return {name: options[k] for name, options, k in zip(names, sizes, picks)}
+
+    def state_dict(self) -> dict:
+        return dict(weights=[w.detach() for w in self.weights],
+                    alphas=[alpha.detach() for alpha in self.alphas], best=self.best,
+                    optimiser=self.optimiser.state_dict(),
+                    alpha_optimiser=self.alpha_optimiser.state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.weights, state["weights"])
+        torch._foreach_copy_(self.alphas, state["alphas"])
+        self.best = (state["best"][0], list(state["best"][1]))
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.alpha_optimiser.load_state_dict(state["alpha_optimiser"])
+
+
+def search(model: nn.Module, train: Iterator, valid: Iterator, held_out: list, loss_fn: Callable,
+           ratio: float, steps: int, epoch: int = 25, budget: "Budget | None" = None,
+           **options) -> dict[str, int]:
+    """{pair name: channels to keep} after `steps` steps on batches of the two iterators.
+
+    Every `epoch` steps the α's are compared on `held_out`. options: see Search. The model stays as
+    it is. (train.py takes the steps itself, so that a run can be stopped between two.)
+    """
+    state = Search(copy.deepcopy(model), loss_fn, ratio, **options)
+    for k in range(1, steps + 1):
+        state.step(next(train), next(valid))
+        if k % epoch == 0 or k == steps:
+            state.hold(held_out)
+    return state.widths(budget)
+
+
+# ---- a budget for the whole network -------------------------------------------------------------
+class Budget(NamedTuple):
+    """The most that a network may cost. cost: {pair name: width} -> number, linear in a width."""
+    cost: Callable[[dict[str, int]], int]
+    limit: float
+
+
+def budget_ratio(target: float) -> float:
+    """The pruning ratio whose candidates lie around a `target` (0..1) of the network's cost."""
+    return max(0.0, 1 - target / 0.75)
+
+
+def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], budget: Budget,
+               bins: int = 20_000) -> list[int]:
+    """Which candidate k each pair takes, so that Σ scores[pair, k] is largest within the budget.
+
+    Our addition to the paper: a knapsack, solved exactly on a grid of `bins` costs, among the
+    choices that cost 99 to 100 % of the limit. scores: (pairs, 6).
+    ValueError: no choice of candidates costs so much or so little.
+    """
+    smallest = {name: min(options) for name, options in zip(names, sizes)}
+    largest = {name: max(options) for name, options in zip(names, sizes)}
+    floor, ceiling = budget.cost(smallest), budget.cost(largest)
+    grid = budget.limit / bins
+    room = int((budget.limit - floor) / grid)                              # steps of the grid
+    if room < 0 or ceiling < 0.99 * budget.limit:
+        raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: the candidate widths "
+                         f"give {floor:,} to {ceiling:,}; choose another --budget or --prune")
+    extra = []                                                             # (pairs, 6), grid steps
+    for name, options in zip(tqdm(names, "budget", leave=False, delay=2), sizes):
+        low, high = min(options), max(options)
+        channel = (budget.cost({**smallest, name: high}) - floor) / max(1, high - low)
+        extra.append([int(np.ceil((n - low) * channel / grid)) for n in options])
+    # best[c]: the largest score at exactly the cost c, of the pairs so far; picks: how to reach it.
+    best = np.full(room + 1, -np.inf)
+    best[0] = 0.0
+    picks = []
+    for row, steps in zip(scores, extra):
+        options = np.full((len(steps), room + 1), -np.inf)
+        for k, step in enumerate(steps):
+            if step <= room:
+                options[k, step:] = row[k] + best[:room + 1 - step]
+        picks.append(options.argmax(0))
+        best = options.max(0)
+    lowest = max(0, room - bins // 100)
+    at = lowest + int(best[lowest:].argmax())
+    if not np.isfinite(best[at]):
+        raise ValueError(f"no choice of the candidate widths comes within 1 % of the budget of "
+                         f"{budget.limit:,.0f}: choose another --budget or --prune")
+    chosen = []
+    for pick, steps in zip(reversed(picks), reversed(extra)):              # back along the picks
+        chosen.append(int(pick[at]))
+        at -= steps[chosen[-1]]
+    return chosen[::-1]

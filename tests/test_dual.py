@@ -1,0 +1,240 @@
+"""The losses, on numbers small enough to compute by hand; the duals; distillation."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dual
+import models
+from backbones.base import SR
+from tiny import fill, rule, tiny_dat, tiny_dcls, tiny_drn, tiny_swinir
+
+
+class Mean2(nn.Module):
+    """A dual 2 → 1 for sums by hand: the mean of every 2×2 pixels."""
+    src = 2
+    dst = 1
+
+    def forward(self, x):
+        return F.avg_pool2d(x, 2)
+
+
+def image(*rows) -> torch.Tensor:
+    """(1, 1, H, W)."""
+    return torch.tensor(rows)[None, None].requires_grad_()
+
+
+# One pixel at scale 1 and 2×2 pixels at scale 2:
+#   |P_1 − y_1| = |0.3 − 0.5|                                          = 0.2
+#   |P_2 − y_2| = (|0.1 − 0| + |0.2 − 0.4| + |0.3 − 0.3| + |0.8 − 0.4|) / 4 = 0.175
+#   D(P_2)      = (0.1 + 0.2 + 0.3 + 0.8) / 4 = 0.35, and |0.35 − y_1| = 0.15
+def predictions() -> dict:
+    return {1: image([0.3]), 2: image([0.1, 0.2], [0.3, 0.8])}
+
+
+TRUTH = {1: torch.tensor([[[[0.5]]]]), 2: torch.tensor([[[[0.0, 0.4], [0.3, 0.4]]]])}
+
+
+# ---- the dual regression loss -------------------------------------------------------------------
+@pytest.mark.parametrize("weight, loss", [(0.0, 0.375), (0.1, 0.39), (1.0, 0.525)])
+def test_dr_loss_by_hand(weight, loss):
+    found = dual.dr_loss(predictions(), TRUTH, [Mean2()], weight)
+    assert found.item() == pytest.approx(loss)
+
+
+def test_the_default_weight_of_the_dual_term_is_a_tenth():
+    assert dual.dr_loss(predictions(), TRUTH, [Mean2()]).item() == pytest.approx(0.39)
+
+
+def test_dr_loss_of_a_network_with_one_scale_needs_the_input_for_its_dual():
+    images = {2: predictions()[2]}
+    assert dual.dr_loss(images, TRUTH, [Mean2()], 1.0).item() == pytest.approx(0.175 + 0.15)
+
+
+def test_the_dual_term_pulls_at_the_prediction_it_came_from():
+    images = predictions()
+    dual.dr_loss(images, TRUTH, [Mean2()], 1.0).backward()
+    # D(P_2) = 0.35 lies below 0.5: each of its four pixels gets −1/4. The primal term adds the
+    # sign of its own difference, also over 4, and 0 where prediction and truth are equal.
+    assert images[2].grad.flatten().tolist() == pytest.approx([0.0, -0.5, -0.25, 0.0])
+    assert images[1].grad.item() == pytest.approx(-1.0)
+
+
+def test_duals_and_network_are_trained_by_dr_loss():
+    model, duals = tiny_drn()
+    y = {s: rule.image(s, 1, 8 * s, 8 * s) for s in (1, 2, 4)}
+    dual.dr_loss(model(y[1]).images, y, duals).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in duals.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_blind_loss_by_hand():
+    kernel = image([0.1, 0.2], [0.3, 0.4])
+    flat = torch.full((1, 1, 2, 2), 0.25)
+    assert dual.blind_loss(kernel, flat).item() == pytest.approx(0.1)   # (.15 + .05 + .05 + .15)/4
+
+
+def test_native_loss_is_measured_in_the_range_of_the_network():
+    batch = SR(TRUTH)
+    for rgb_range in (1, 255):
+        found = dual.native_loss(SR(predictions()), batch, [Mean2()], 0.1, rgb_range)
+        assert found.item() == pytest.approx(rgb_range * 0.39)
+
+
+def test_native_loss_adds_the_kernel_as_it_is():
+    kernel = image([0.1, 0.2], [0.3, 0.4])
+    batch = SR(TRUTH, torch.full((1, 1, 2, 2), 0.25))
+    found = dual.native_loss(SR(predictions(), kernel), batch, [Mean2()], 0.1, 2)
+    assert found.item() == pytest.approx(2 * 0.39 + 0.1)
+
+
+# ---- the duals ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("tiny", [tiny_drn, tiny_swinir, tiny_dat, tiny_dcls])
+def test_duals_take_a_prediction_back_to_the_size_of_their_target(tiny):
+    model, duals = tiny()
+    height, width = (7, 9) if tiny is tiny_dcls else (5, 6)
+    images = {1: torch.rand(1, 3, height, width)} | model(torch.rand(1, 3, height, width)).images
+    assert [(d.src, d.dst) for d in duals] == ([(2, 1), (4, 2)] if tiny is tiny_drn else [(4, 1)])
+    for d in duals:
+        assert d(images[d.src]).shape == images[d.dst].shape
+
+
+@pytest.mark.parametrize("arch, spec", [
+    ("drn_s", [(2, 1), (4, 2), (8, 4)]), ("swinir_light", [(8, 1)])])
+def test_duals_at_scale_8(arch, spec):
+    with torch.device("meta"):
+        duals = dual.make_duals(models.build(arch, 8))
+    assert [(d.src, d.dst) for d in duals] == spec
+
+
+@pytest.mark.parametrize("src, dst", [(2, 1), (3, 1), (4, 1), (8, 1), (4, 2), (8, 4)])
+def test_a_dual_divides_odd_sizes_too(src, dst):
+    back = dual.Dual(src, dst, 4)
+    assert back(torch.rand(2, 3, 5 * src, 7 * src)).shape == (2, 3, 5 * dst, 7 * dst)
+
+
+@pytest.mark.parametrize("src, dst", [(2, 1), (3, 1), (4, 1)])
+def test_duals_are_homogeneous(src, dst):
+    """So that the same dual serves images in 0..1 and in 0..255; a bias would break it."""
+    back = fill(dual.Dual(src, dst, 8))
+    x = rule.image(0, 1, 24, 24)
+    assert torch.allclose(back(255 * x), 255 * back(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("src, picked", [(2, [0, 2, 4, 6, 8, 10]), (3, [1, 4, 7, 10]),
+                                         (4, [0, 4, 8])])
+def test_where_a_dual_looks(src, picked):
+    """With kernels that only copy their centre it picks pixels: ×3 the middle one of three."""
+    back = dual.Dual(src, 1, 3)
+    for layer in back.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight)
+    x = torch.arange(12.).expand(1, 3, 12, 12)
+    assert back(x)[0, 0, 0].tolist() == picked
+
+
+def test_restore_duals_gives_saved_weights_back():
+    model, duals = tiny_drn()
+    states = [d.state_dict() for d in duals]
+    again = dual.restore_duals(model, states)
+    for name, tensor in again.state_dict().items():
+        assert tensor.equal(duals.state_dict()[name])
+
+
+def test_restore_duals_refuses_what_does_not_fit():
+    model, duals = tiny_drn()
+    states = [d.state_dict() for d in duals]
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        dual.restore_duals(model, states[:1])
+    with pytest.raises(RuntimeError, match="dual_module"):
+        dual.restore_duals(tiny_swinir()[0], states[:1])
+
+
+# ---- distillation -------------------------------------------------------------------------------
+def test_feature_loss_by_hand():
+    """Means over channels (2, 3) and (1, 5): (1² + 2²) / 2. The number of channels differs."""
+    student = torch.tensor([[[[1., 2.]], [[3., 4.]]]])                  # (1, 2, 1, 2)
+    teacher = torch.tensor([[[[0., 4.]], [[2., 5.]], [[1., 6.]]]])      # (1, 3, 1, 2)
+    assert dual.feature_loss(student, teacher).item() == pytest.approx(2.5)
+
+
+class Toy(nn.Module):
+    """×1: the features are `factor` times the input in each of `channels`; `last` adds them up."""
+    scale = 1
+    rgb_range = 255.0
+
+    def __init__(self, feature, factor, channels):
+        super().__init__()
+        self.feature = feature
+        self.factor = nn.Parameter(torch.tensor(factor))
+        self.channels = channels
+        self.last = nn.Conv2d(channels, 1, 1, bias=False)
+        nn.init.ones_(self.last.weight)
+
+    def forward(self, low):
+        return SR({1: self.last((self.factor * low).expand(-1, self.channels, -1, -1))})
+
+
+LOW = torch.tensor([[[[1., 2.], [3., 4.]]]])
+
+
+def test_distillation_compares_the_features_that_the_backbone_names():
+    """Features 1·x and 3·x: 4·(1 + 4 + 9 + 16)/4 = 30, whatever the last layers make of them."""
+    student = Toy("last", 1.0, 1)
+    teacher = Toy("last", 3.0, 2)
+    with dual.distillation(student, teacher) as distance:
+        found = distance(LOW, student(LOW))
+    assert found.item() == pytest.approx(30)
+    found.backward()
+    assert student.factor.grad.item() == pytest.approx(-30)             # 2·(1 − 3)·30/4
+    assert teacher.factor.grad is None
+
+
+def test_distillation_compares_images_where_no_feature_is_named():
+    """Images 1·x and 2·x, the mean difference is (1 + 2 + 3 + 4)/4 = 2.5, in 0..255."""
+    student = Toy("", 1.0, 1)
+    teacher = Toy("", 1.0, 2)
+    with dual.distillation(student, teacher) as distance:
+        found = distance(LOW, student(LOW))
+    assert found.item() == pytest.approx(255 * 2.5)
+    found.backward()
+    assert student.factor.grad.item() == pytest.approx(-255 * 2.5)
+    assert teacher.factor.grad is None
+
+
+@pytest.mark.parametrize("tiny", [tiny_drn, tiny_swinir, tiny_dat, tiny_dcls])
+def test_which_networks_are_distilled_by_features(tiny):
+    """DRN by what enters its last convolution, from a wider teacher too; the others by images."""
+    student, _ = tiny()
+    teacher = tiny_drn(feats=16)[0] if tiny is tiny_drn else tiny()[0]
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(0.9)
+    low = rule.image(0, 1, 8, 8)
+    inputs = {}
+    if tiny is tiny_drn:
+        for network in (student, teacher):
+            network.tail[2].register_forward_pre_hook(
+                lambda module, given: inputs.update({module: given[0]}))
+    with dual.distillation(student, teacher) as distance:
+        out = student(low)
+        found = distance(low, out)
+    image_distance = (out.images[4] - teacher(low).images[4]).abs().mean()
+    if tiny is tiny_drn:
+        mine, theirs = (inputs[network.tail[2]].mean(1) for network in (student, teacher))
+        assert torch.allclose(found, (mine - theirs).square().mean())
+    else:
+        assert torch.allclose(found, student.rgb_range * image_distance)
+    assert found > 0
+
+
+def test_distillation_removes_its_hooks():
+    student = Toy("last", 1.0, 1)
+    teacher = Toy("last", 3.0, 2)
+    with dual.distillation(student, teacher):
+        assert student.last._forward_pre_hooks
+        assert teacher.last._forward_pre_hooks
+    assert not student.last._forward_pre_hooks
+    assert not teacher.last._forward_pre_hooks
+    with pytest.raises(KeyboardInterrupt), dual.distillation(student, teacher):
+        raise KeyboardInterrupt
+    assert not student.last._forward_pre_hooks

