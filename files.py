@@ -122,8 +122,13 @@ def list_pictures(folder: Path) -> list[Path]:
 
     Names with a leading dot are leftovers of other programs.
     """
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS]
-    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    files = [file for file in folder.rglob("*") if is_picture(file)]
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def is_picture(file: Path) -> bool:
+    """Whether it is a file, by its name of a picture."""
+    return file.suffix.lower() in EXTENSIONS and file.is_file()
 
 
 class Job(NamedTuple):
@@ -148,10 +153,11 @@ def find_inputs(given: list[str]) -> list[tuple[Path, Path]]:
             names = [Path(path.name)]
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            files = [file for file in matches if file.suffix.lower() in EXTENSIONS]
+            files = [file for file in matches if is_picture(file)]
             names = [Path(file.name) for file in files]
         if not files:
-            raise ValueError(f"{text} holds no picture ({' '.join(sorted(EXTENSIONS))})")
+            raise ValueError(f"{text}: no picture found ({' '.join(sorted(EXTENSIONS))}), check "
+                             f"the path")
         if not files[0].exists():
             raise ValueError(f"{text} does not exist: check the path")
         found += zip(files, names)
@@ -165,13 +171,10 @@ def plan(given: list[str], output: str | None, scale: int, force: bool) -> list[
     one picture) or a folder, in which the sub-folders of a given folder are kept.
     """
     inputs = find_inputs(given)
-    as_file = output and Path(output).suffix.lower() in FORMATS and not Path(output).is_dir()
+    as_file = output is not None and is_file_name(output)
     if as_file and len(inputs) > 1:
         raise WrongUsage(f"--output {output} is one file, {len(inputs)} pictures were given: "
                          f"give a folder")
-    if output and not as_file and Path(output).suffix and not Path(output).is_dir():
-        raise WrongUsage(f"--output {output}: unknown extension, use one of {' '.join(FORMATS)}, "
-                         f"or the name of a folder")
     jobs = []
     for source, name in inputs:
         target = source.with_name(f"{source.stem}_x{scale}.png")
@@ -185,18 +188,30 @@ def plan(given: list[str], output: str | None, scale: int, force: bool) -> list[
     return jobs
 
 
+def is_file_name(output: str) -> bool:
+    """Whether --output names a file, and no folder: it has the extension of a picture.
+
+    WrongUsage: another extension. What is a folder, or ends with a slash, may be called anything.
+    """
+    path = Path(output)
+    if path.is_dir() or output.endswith(("/", os.sep)) or not path.suffix:
+        return False
+    if path.suffix.lower() not in FORMATS:
+        raise WrongUsage(f"--output {output}: unknown extension, use one of {' '.join(FORMATS)}; "
+                         f"for a folder write {output}/")
+    return True
+
+
 def without_results(jobs: list[Job], given: list[str]) -> list[Job]:
     """Leaves out what an earlier call made of the same folder, and what was given twice."""
-    targets = {job.target.resolve() for job in jobs}
     named = {Path(text).resolve() for text in given}
-    kept, seen = [], set()
-    for job in jobs:
-        source = job.source.resolve()
-        is_result = source in targets and source not in named
-        if not is_result and source not in seen:
-            kept.append(job)
-        seen.add(source)
-    return kept
+    resolved = [(job.source.resolve(), job.target.resolve()) for job in jobs]
+    results = {target for source, target in resolved if target != source} - named
+    kept = {}
+    for job, (source, target) in zip(jobs, resolved):
+        if source not in results:
+            kept.setdefault((source, target), job)
+    return list(kept.values())
 
 
 def check_targets(jobs: list[Job], force: bool) -> None:
@@ -218,13 +233,21 @@ def check_targets(jobs: list[Job], force: bool) -> None:
 
 
 def make_folders(jobs: list[Job], output: str | None) -> None:
-    """Makes the folder of --output DIR; that of --output FILE must be there."""
+    """Makes the folder of --output DIR; that of --output FILE must be there.
+
+    ValueError: it is not there, or cannot be made.
+    """
     for job in jobs:
+        folder = job.target.parent
         if output and job.target == Path(output):
-            if not job.target.resolve().parent.is_dir():
+            if not folder.is_dir():
                 raise ValueError(f"{job.target}: its folder does not exist, create it first")
-        else:
-            job.target.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {folder} ({error.strerror}): give another "
+                             f"--output") from error
 
 
 def check_size(job: Job, shape: tuple[int, int], scale: int) -> None:
@@ -236,16 +259,25 @@ def check_size(job: Job, shape: tuple[int, int], scale: int) -> None:
                          f"{width}x{height} times {scale} is more: use .png")
 
 
-def look(path: Path) -> tuple[int, int, bool]:
-    """(height, width, whether it has 16 bits a sample) from a file's header.
+class Header(NamedTuple):
+    """What a picture file says about itself before it is decoded."""
+    height: int
+    width: int
+    wide: bool                   # 16 bits a sample
 
-    (1, 1, False) for a file that cannot be read: that is told when its turn comes. Of 16-bit colour
-    Pillow keeps the upper 8 bits without a word.
+
+def look(path: Path) -> Header:
+    """Reads the header of a picture file; 1×1 where it cannot be: `decode` will say why.
+
+    Of 16-bit colour Pillow keeps the upper 8 bits without a word. It shows only in the "raw mode",
+    how the samples lie in the file: RGB;16B. (BGR;16 is 16 bits for all three colours.)
     """
     try:
         with Image.open(path) as image:
-            bits = [str(part[3]) for part in image.tile]
-            wide = image.mode.startswith("I") or any("16" in text for text in bits)
-            return image.height, image.width, wide
+            wide = image.mode.startswith("I")
+            for _, _, _, arguments in image.tile:
+                raw = str(arguments[:1] if isinstance(arguments, tuple) else arguments)
+                wide = wide or (";16" in raw and "BGR;16" not in raw)
+            return Header(image.height, image.width, wide)
     except Exception:                        # Pillow's decoders raise nearly anything
-        return 1, 1, False
+        return Header(1, 1, False)

@@ -2,13 +2,10 @@
 
     python tour.py
 
-    33.18 dB  cut
     33.20 dB  tuned
-    33.34 dB  dense, trained on as long
+    33.31 dB  dense, trained on as long
 
-Seconds stand for the paper's days: this shows how the method works, not how well. The same network
-in all stages: python -c "import tour, train; train.main()" --arch edsr --scale 2 --preset quick
---prune 0.4. Read dual.py next.
+Seconds stand for the paper's days: this shows how the method works, not how well. Next: dual.py.
 """
 import copy
 from dataclasses import replace
@@ -59,10 +56,11 @@ class EDSR(Backbone):
                 for b, (name, width) in enumerate(self.widths.items())]
 
 
-# Two entries make it known: its sizes, and its settings (train.Settings explains every number).
+# Two entries make it known: its sizes, and its settings (see train.Settings). All six stages then:
+# python -c "import tour, train; train.main()" --arch edsr --scale 2 --preset quick --prune 0.4
 models.PRESETS["edsr"] = (EDSR, {2: dict(feats=16, blocks=4)})
 train.PRESETS["edsr", "quick"] = S = replace(
-    train.PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=500, rate=4e-3,
+    train.PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3,
     search_steps=12, search_rate=1e-4, select_rate=5e-5, tune_steps=120, tune_rate=5e-4)
 
 
@@ -78,10 +76,10 @@ def fit(model, duals, pictures, loss_fn, steps, rate):
 
 if __name__ == "__main__":
     print("""\
-1 DUAL REGRESSION (DRN eq. 3; dual.py). Many pictures shrink to the same small picture x; which is
-right? A network P learns x -> y, a small network D, the dual, learns the way back. Both minimise
+1 DUAL REGRESSION (DRN eq. 3; dual.py). Many pictures shrink to the same small picture x: which is
+right? A network P learns x -> y; a small network D, the dual, learns the way back. Both minimise
 |P(x) - y| + λ |D(P(x)) - x|: of two answers as close to y, the one that comes back to x wins. They
-train twice on "dead leaves", pictures drawn from a seed: without the dual (λ = 0) and with λ = 0.1.""")
+train on "dead leaves", pictures drawn from a seed: first without the dual (λ = 0), then 0.1.""")
     pictures = data.generate(S.pictures, S.side, (1, 2), S.seed)
     photograph = data.photographs((1, 2))[:1]
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, 2), photograph)}
@@ -93,11 +91,10 @@ train twice on "dead leaves", pictures drawn from a seed: without the dual (λ =
         fit(model, duals, pictures, loss_fn, S.steps, S.rate)
         rows[name] = evaluate.evaluate(model, photograph)
     print("""
-2 SEARCH (Section 4.1; search.py): how many channels each layer keeps. For now a layer is a mixture
-of six, one for each candidate width, which have only their most important channels: channel j
-counts by a factor m_j. Each step moves the mixture, softmax(α), to the widths with the lowest loss.
-Adam moves α by about its rate in a step, so at the real 3e-4 a dozen steps would show nothing.
-Here the rate is 0.1.""")
+2 SEARCH (Section 4.1; search.py): how many channels each layer keeps. It may get one of six widths,
+with the chances softmax(α); so its strongest channels stay for sure, and channel j with a chance
+m_j. While the search runs, channel j is multiplied by m_j, and each step moves α to where the loss
+is lower: by about 0.1, the rate of Adam here. At the real 3e-4, 12 steps would show nothing.""")
     searcher = prune.Search(copy.deepcopy(model), loss_fn, ratio=0.4, multiple=1)
     searcher.alpha_optimiser.param_groups[0]["lr"] = 0.1
     block0 = searcher.pairs[0], searcher.alphas[0], searcher.candidates[0]
@@ -107,45 +104,47 @@ Here the rate is 0.1.""")
         searcher.step(next(stream), next(stream))
     searcher.hold([next(stream)])
     after = [round(m, 2) for m in searcher.factors(*block0).tolist()]
-    print(f"Block 0 has 16 channels and the candidates {block0[2]}. Its m_j before:\n{before}\n"
+    print(f"Block 0 has 16 channels and may keep one of {block0[2]}. Its m_j before:\n{before}\n"
           f"after {S.search_steps} steps:\n{after}\nThe likeliest widths: {searcher.widths()}")
     print("""
-3 SELECT (Section 4.2; prune.py): which channels. The weight that consumes them is set to zero. Each
-round computes the gradient of the loss, gives the channel with the largest one its weights back,
-and tunes all that are back. The loss is L_DR plus the distance to the dense layer's output. Block 0
-took these channels, in this order, and had this loss before each:""")
+3 SELECT (Section 4.2; prune.py): which channels. The weight that takes them in becomes zero. Round
+by round, the channel with the largest gradient gets its weights back, and all that are back are
+tuned. Channels of block 0 in that order, and the loss before each (L_DR + distance to dense):""")
     rounds = []
     selected = copy.deepcopy(model)
     kept = prune.select(selected, [next(stream), next(stream)], loss_fn, searcher.widths(),
                         rate=S.select_rate, on_pair=lambda *facts: rounds.append(facts))
     print(kept["block0"], [round(loss) for loss in rounds[0][2]])
     print("""
-4 CUT (prune.py): the others go, as rows of the layer before and columns of the one that consumes.""")
+4 CUT (prune.py): the others go, rows of the layer that makes them, columns of the one that takes
+them in; what the network computes stays the same. The two layers of block 0, and the whole:""")
     smaller = prune.cut(selected, kept)
     for name in ("body.0.0.weight", "body.0.2.weight"):
         print(name, model.get_parameter(name).shape, "->", smaller.get_parameter(name).shape)
     print(evaluate.count(model, 96, 96), "->", evaluate.count(smaller, 96, 96))
     rows["cut"] = evaluate.evaluate(smaller, photograph)
-    figure = Figure((14, 8), layout="constrained")
-    axes = figure.subplot_mosaic("mmmmaaaabbbbcc;ssssssssssssss")
-    axes["m"].bar(range(16), before, color="lightgrey")
-    axes["m"].bar(range(16), after, 0.4)
-    for key, network in dict(a=model, b=selected, c=smaller).items():
-        axes[key].imshow(network.body[0][2].weight.norm(dim=(2, 3)).detach(), cmap="Blues", vmin=0)
     print("""
-5 TUNE (Section 4.3; dual.distillation): training again, now with the distance to the dense network.""")
+5 TUNE (Section 4.3; dual.distillation): L_DR plus the distance to the dense network's output.""")
     with dual.distillation(smaller, model) as distance:
         fit(smaller, duals, pictures, lambda out, batch: loss_fn(out, batch)
             + distance(batch.images[1], out), S.tune_steps, S.tune_rate)
     rows["tuned"] = evaluate.evaluate(smaller, photograph)
-    axes["s"].imshow(report.comparison(rows, photograph, 2))
+    figure = Figure((14, 7), layout="constrained")
+    axes = figure.subplot_mosaic([["m", "dense", "selected", "cut"], ["crops"] * 4],
+                                 width_ratios=(16, 16, 16, 9))
+    axes["m"].set_title("m_j: grey before, blue after the search")
+    axes["m"].set_xticks(range(16))
+    axes["m"].bar(range(16), before, color="lightgrey")
+    axes["m"].bar(range(16), after, 0.4)
+    for name, network in dict(dense=model, selected=selected, cut=smaller).items():
+        axes[name].set_title(f"weight: {name}")
+        axes[name].imshow(network.body[0][2].weight.norm(dim=(2, 3)).detach(), cmap="Blues", vmin=0)
+    axes["crops"].imshow(report.comparison(rows, photograph, scale=2))
+    axes["crops"].axis("off")
+    figure.savefig("tour.png", dpi=150)
     fit(model, duals, pictures, loss_fn, S.tune_steps, S.tune_rate)
     rows["dense, trained on as long"] = evaluate.evaluate(model, photograph)
     print("""
-6 RESULT (PSNR-Y of a photograph; evaluate.py). The dual's gain does not show: it is below the 0.5 dB
-that another seed changes. Compare tuned with the dense network that had as many steps.""")
-    for name, [row] in rows.items():
-        print(f"{row.psnr:.2f} dB  {name}")
-    for key, title in dict(m="m_j before and after", a="dense", b="selected", c="cut").items():
-        axes[key].set_title(title)
-    figure.savefig("tour.png", dpi=150)
+6 RESULT (PSNR-Y of a photograph; evaluate.py). The dual's gain does not show: it is below the 0.5
+dB by which seeds differ. Compare tuned with the dense network that was given as many steps.""")
+    print(*[f"{row.psnr:.2f} dB  {name}" for name, [row] in rows.items()], sep="\n")

