@@ -132,13 +132,13 @@ them in; what the network computes stays the same. The two layers of block 0, an
     figure = Figure((14, 7), layout="constrained")
     axes = figure.subplot_mosaic([["m", "dense", "selected", "cut"], ["crops"] * 4],
                                  width_ratios=(16, 16, 16, 9))
-    axes["m"].set_title("m_j: grey before, blue after the search")
-    axes["m"].set_xticks(range(16))
+    axes["m"].set(title="m_j: grey before, blue after the search", xticks=range(16))
     axes["m"].bar(range(16), before, color="lightgrey")
     axes["m"].bar(range(16), after, 0.4)
     for name, network in dict(dense=model, selected=selected, cut=smaller).items():
-        axes[name].set_title(f"weight: {name}")
-        axes[name].imshow(network.body[0][2].weight.norm(dim=(2, 3)).detach(), cmap="Blues", vmin=0)
+        weight = network.body[0][2].weight.norm(dim=(2, 3)).detach()     # a number per 3×3 filter
+        axes[name].imshow(weight, cmap="Blues", vmin=0)
+        axes[name].set(title=f"{name}: a column a channel", xticks=range(0, weight.shape[1], 2))
     axes["crops"].imshow(report.comparison(rows, photograph, scale=2))
     axes["crops"].axis("off")
     figure.savefig("tour.png", dpi=150)

@@ -56,8 +56,8 @@ class HalfOfHeads(nn.Module):
 
 class AdaptiveAttention(nn.Module):
     """What both attentions share: qkv, the convolution of v, the two gates, proj."""
-    gates_channels = False       # whether attention makes the factors of the convolution's channels,
-    #                              or the convolution those of attention's
+    # Whether attention makes the factors of the convolution's channels, or the other way round.
+    gates_channels = False
 
     def __init__(self, dim: int, heads: int):
         super().__init__()

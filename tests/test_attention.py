@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
+import kernels
 from triton_path import (
     DEVICE,
     GPU,
@@ -20,8 +22,6 @@ from triton_path import (
     needs_triton,
     triton_attention,
 )
-
-import kernels
 
 PATHS = (attention.reference, attention.torch_path, kernels.window_attention)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import picture
 
 from bicubic import imresize, resize, resize_axis
+from pictures import picture
 
 
 # ---- an oracle that follows the textbook, one tap at a time --------------------------------------

@@ -8,13 +8,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from pictures import picture, same, save
 
 import data
 import leaves
 from backbones.base import SR
 from data import Picture
 from degradation import degrade_picture
+from pictures import picture, same, save
 from tiny import ROOT
 
 SCRIPT = {**os.environ, "PYTHONPATH": str(ROOT)}  # of a script that imports data

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, tiny_swinir
-from models import DCLS
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 import data
 import evaluate
 import models
+from models import DCLS
 
 ROOT = Path(__file__).parents[1]
 CHANNELS = Path(__file__).parent / "golden" / "channels"

@@ -1,10 +1,10 @@
 """files.py: files of every kind come out as 8-bit RGB, what is no picture as one sentence."""
 import numpy as np
 import pytest
-from pictures import picture, save
 from PIL import Image
 
 import files
+from pictures import picture, save
 
 
 def coloured(grey):

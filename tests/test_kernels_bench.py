@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_path import attention, attention_case
 
 import kernels
 from bench import baselines
 from bench import kernels as bench_kernels
+from triton_path import attention, attention_case
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [

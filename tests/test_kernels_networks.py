@@ -1,12 +1,12 @@
 """Whole networks compute the same with the Triton kernels as with PyTorch."""
 import pytest
 import torch
-from triton_path import DEVICE, GPU, attention, chosen_triton, coarse_tiles, needs_triton
 
 import kernels
 import models
 from kernels import pixel_shuffle
 from tiny import difference, fill, golden, rule, tiny_dat, tiny_drn, tiny_swinir
+from triton_path import DEVICE, GPU, attention, chosen_triton, coarse_tiles, needs_triton
 
 GOLDEN = golden("swinir") | golden("dat")
 

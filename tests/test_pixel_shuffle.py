@@ -5,10 +5,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_path import DEVICE, GPU, chosen_triton, needs_triton
 
 import kernels
 from kernels import pixel_shuffle
+from triton_path import DEVICE, GPU, chosen_triton, needs_triton
 
 SHAPES = {                                                # N, C, H, W, O, r, bias
     "rgb": (2, 60, 7, 9, 3, 4, True),                     # 48 columns, 126 pixels: ragged tiles
