@@ -74,7 +74,10 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
             losses = []
             for batch, outputs, wanted in zip(calibration, finished, finished_original):
                 targets = features(original, pair, batch, wanted)
-                losses.append(partial(pair_loss, model, pair, batch, outputs, targets, loss_fn))
+                before = outputs
+                if replay:
+                    before = outputs | ahead_of(model, pair, batch, outputs)
+                losses.append(partial(pair_loss, model, pair, batch, before, targets, loss_fn))
             n = widths[pair.name] // pair.heads
             kept[pair.name], record = select_pair(model, pair, n, losses, rate, per_round, reuse)
             silence(model, pair, kept[pair.name])
@@ -207,12 +210,34 @@ def replaying(network: nn.Module, outputs: dict):
     """Within it every module named in `outputs` returns what is stored there and does not run."""
     modules = [network.get_submodule(name) for name in outputs]
     for module, output in zip(modules, outputs.values()):
-        module.forward = partial(lambda stored, *_: stored, output)
+        module.forward = partial(again, output)
     try:
         yield
     finally:
         for module in modules:
             del module.forward               # the class's own forward is visible again
+
+
+def again(stored, *inputs):
+    """The stored output; a copy, because what follows may change it in place, as nn.ReLU can."""
+    if isinstance(stored, tuple):
+        return tuple(again(part) for part in stored)
+    return stored if stored is None else stored.clone()
+
+
+@torch.no_grad()
+def ahead_of(network: nn.Module, pair, batch, outputs: dict) -> dict:
+    """{name: output} of what precedes the pair's consumer in its nn.Sequential, if it is in one.
+
+    Only the consumer's weights change while channels are chosen, so these are not run again either.
+    """
+    parent, _, position = pair.consumers[0][0].rpartition(".")
+    if not isinstance(network.get_submodule(parent), nn.Sequential) or int(position) == 0:
+        return {}
+    names = [f"{parent}.{i}" for i in range(int(position))]
+    with replaying(network, outputs):
+        output = run_to(network, names[-1], batch.images[1])
+    return dict.fromkeys(names[:-1]) | {names[-1]: output}
 
 
 @contextmanager

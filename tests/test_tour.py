@@ -1,0 +1,51 @@
+"""tour.py: it runs, shows what it says, and its network goes through the whole program."""
+import subprocess
+import sys
+
+import torch
+from PIL import Image
+
+import models
+import prune
+import tour
+from small_runs import parameters
+from tiny import ROOT, run_command
+
+
+def test_the_tour_runs_and_writes_its_picture(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tour.py"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    for words in ("1 DUAL", "2 SEARCH", "3 SELECT", "4 CUT", "5 TUNE", "6 RESULT"):
+        assert words in done.stdout
+    rows = {}
+    for line in done.stdout.splitlines():
+        if " dB  " in line:
+            psnr, name = line.split(" dB  ")
+            rows[name] = float(psnr)
+    assert rows["dense"] > rows["bicubic"] + 1
+    assert abs(rows["tuned"] - rows["dense"]) < 0.5
+    assert Image.open(tmp_path / "tour.png").width > 1000
+
+
+def test_the_own_backbone_is_cut_without_a_change():
+    model = models.build("edsr", 2).eval()
+    kept = {pair.name: [1, 4, 5] for pair in model.pairs()}
+    low = torch.rand(1, 3, 12, 12)
+    for pair in model.pairs():
+        prune.silence(model, pair, kept[pair.name])
+    smaller = prune.cut(model, kept)
+    with torch.no_grad():
+        assert torch.allclose(model(low).images[2], smaller(low).images[2], atol=1e-6)
+
+
+def test_the_own_backbone_goes_through_all_stages(tmp_path, monkeypatch, capsys):
+    import train
+    folder = tmp_path / "run"
+    code, _, errors = run_command(
+        train, monkeypatch, capsys, "--arch", "edsr", "--scale", 2, "--preset", "quick", "--prune",
+        0.4, "--steps", 2, "--search-steps", 1, "--tune-steps", 1, "--pictures", 4, "--batch", 1,
+        "--device", "cpu", "--run", folder)
+    assert code == 0, errors
+    assert parameters(folder / "tune.pt") < parameters(folder / "train.pt")
+    assert tour.EDSR is models.PRESETS["edsr"][0]
