@@ -171,7 +171,7 @@ def test_bicubic_of_a_folder(folder, tmp_path, monkeypatch, capsys):
     code, out, errors = run_command(evaluate, monkeypatch, capsys, "--bicubic", "--scale", 4,
                                     "--data", folder, "--save", tmp_path / "saved")
     assert code == 0, errors
-    high = np.asarray(Image.open(folder / "a.png"))
+    high = np.array(Image.open(folder / "a.png"))
     low = data.imresize(high, 1 / 4)
     image = data.imresize(low, 4)
     assert f"{evaluate.psnr_y(image, high, 4):.3f} {evaluate.ssim_y(image, high, 4):.5f}" in out
