@@ -21,7 +21,7 @@ Counted in source pixels, whose centres we call 0, 1, 2, ..., this is u_j, and
 - For 8-bit images MATLAB resizes the rows' axis, rounds to 8 bits, then the columns' axis, and
   rounds again. Rounding only at the end changes every tenth value by one level.
 
-Not here: picture files and sets of them; data.py, to be read next.
+Not here: picture files and sets of them (data.py). Read degradation.py next.
 """
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ BAND = 32  # output rows that are computed by one matrix product
 
 
 def imresize(image: np.ndarray, scale: float, edge: str = "clamp") -> np.ndarray:
-    """Resize an 8-bit image exactly as MATLAB's `imresize(image, scale)` does.
+    """Resizes an 8-bit image exactly as MATLAB's `imresize(image, scale)` does.
 
     image: uint8 (H, W) or (H, W, 3), values 0..255; returns uint8 of ceil(H·scale) × ceil(W·scale).
     edge: what lies outside the image. "clamp" repeats the pixels of the border, as the benchmarks'
@@ -59,7 +59,7 @@ def imresize(image: np.ndarray, scale: float, edge: str = "clamp") -> np.ndarray
 
 
 def resize(x: Tensor, scale: float, edge: str = "clamp") -> Tensor:
-    """Resize a float image as MATLAB does, which for such images means: without rounding.
+    """Resizes a float image as MATLAB does, which for such images means: without rounding.
 
     x: (..., H, W), float32 or float64 of any range, on any device. Returns the same dtype,
       (..., ceil(H·scale), ceil(W·scale)). The cubic kernel has negative weights, so values may go a
@@ -78,7 +78,7 @@ def resize(x: Tensor, scale: float, edge: str = "clamp") -> Tensor:
 
 
 def check(sides: Sequence[int], scale: float, edge: str) -> None:
-    """Raise ValueError for what cannot be resized."""
+    """Raises ValueError for what cannot be resized."""
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"cannot resize by scale={scale}: give a positive number")
     if edge not in ("clamp", "mirror"):
@@ -90,7 +90,7 @@ def check(sides: Sequence[int], scale: float, edge: str) -> None:
 
 
 def cubic(x: Tensor) -> Tensor:
-    """Return Keys' kernel with a = -½ (R. Keys, "Cubic convolution interpolation", 1981, eq. 15).
+    """Returns Keys' kernel with a = -½ (R. Keys, "Cubic convolution interpolation", 1981, eq. 15).
 
     Pieces of two cubic polynomials, for |x| up to 1 and up to 2, which join without a kink.
     """
@@ -102,7 +102,7 @@ def cubic(x: Tensor) -> Tensor:
 
 
 def taps(n: int, scale: float, edge: str) -> tuple[Tensor, Tensor]:
-    """Return which pixels of an axis of n make each output pixel, and their weights.
+    """Returns which pixels of an axis of n make each output pixel, and their weights.
 
     Both are (out, taps): int64 indices in [0, n), and float64 weights whose rows sum to 1.
     """
@@ -120,7 +120,7 @@ def taps(n: int, scale: float, edge: str) -> tuple[Tensor, Tensor]:
 
 
 def resize_axis(x: Tensor, axis: int, scale: float, edge: str) -> Tensor:
-    """Resize one axis of a float tensor, in its dtype.
+    """Resizes one axis of a float tensor, in its dtype.
 
     It is a matrix (out, n) times x, but one with few entries, near the diagonal. So the output is
     cut into bands of 32 rows, each a small dense matrix times those rows of x that it looks at. The

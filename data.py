@@ -88,7 +88,7 @@ class Pictures(Sequence):
 
 
 def cached(load: Load, limit: int) -> Load:
-    """Return `load` with a memory of up to `limit` bytes.
+    """Returns `load` with a memory of up to `limit` bytes.
 
     What comes first stays: with random access, replacing it by what comes later gains nothing.
     """
@@ -112,7 +112,7 @@ def cached(load: Load, limit: int) -> Load:
 
 
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
-    """Return the scales in order. Raises ValueError where they cannot be those of a picture."""
+    """Returns the scales in order. Raises ValueError where they cannot be those of a picture."""
     scales = tuple(sorted(set(scales)))
     if len(scales) < 2 or scales[0] != 1 or any(scales[-1] % s for s in scales):
         raise ValueError(f"scales={scales} must hold 1 and a largest scale that the others divide, "
@@ -121,7 +121,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
 
 
 def reduced(high: np.ndarray, scales: Sequence[int], name: str) -> Picture:
-    """Make a picture from the original, cropped at the bottom and at the right.
+    """Makes a picture from the original, cropped at the bottom and at the right.
 
     Its sides become multiples of the largest scale. ValueError: then nothing would be left.
     """
@@ -137,7 +137,7 @@ def reduced(high: np.ndarray, scales: Sequence[int], name: str) -> Picture:
 
 def generate(count: int, side: int, scales: Sequence[int], seed: int,
              workers: int | None = None) -> Pictures:
-    """Draw `count` dead-leaves pictures of side × side pixels (leaves.py), kept in memory.
+    """Draws `count` dead-leaves pictures of side × side pixels (leaves.py), kept in memory.
 
     They depend on (seed, side) alone; `workers` processes share the work, see `leaves.draw`.
     Raises ValueError for a count below 1, a negative seed, or a side that is no positive multiple
@@ -190,7 +190,7 @@ LAYOUTS = (  # (originals, reductions) as the authors lay them out, the best set
 
 
 def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CACHE) -> Pictures:
-    """List the pictures of a folder; they are decoded when they are asked for.
+    """Lists the pictures of a folder; they are decoded when they are asked for.
 
     path: a folder with pictures at any depth (png jpg jpeg webp bmp tif tiff), or one of these:
         DF2K/DF2K_HR/0001.png               and   DF2K/DF2K_LR_bicubic/X4/0001x4.png
@@ -229,7 +229,7 @@ def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CAC
 
 
 def find_layout(root: Path, scale: int) -> tuple[Path, Path | None]:
-    """Return the folders of the originals and of the reductions (None: there are none)."""
+    """Returns the folders of the originals and of the reductions (None: there are none)."""
     if (root / "gt").is_dir() and any(root.glob("lr_x*")):
         return root / "gt", root / f"lr_x{scale}"
     for high, low in LAYOUTS:
@@ -239,7 +239,7 @@ def find_layout(root: Path, scale: int) -> tuple[Path, Path | None]:
 
 
 def list_originals(root: Path, high: Path) -> list[Path]:
-    """Return the files of the originals. Raises ValueError for none, or reductions among them."""
+    """Returns the files of the originals. Raises ValueError for none, or reductions among them."""
     files = list_pictures(high)
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
@@ -252,18 +252,18 @@ def list_originals(root: Path, high: Path) -> list[Path]:
 
 
 def stem(file: Path, folder: Path) -> str:
-    """Return what identifies a picture: its path below the folder, without the extension."""
+    """Returns what identifies a picture: its path below the folder, without the extension."""
     return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def list_reductions(low: Path, factor: int) -> dict[str, Path]:
-    """Return {name of the original: file}, such as {"baby": X4/babyx4.png} for factor 4."""
+    """Returns {name of the original: file}, such as {"baby": X4/babyx4.png} for factor 4."""
     folder = low / f"X{factor}"
     return {stem(f, folder).removesuffix(f"x{factor}"): f for f in list_pictures(folder)}
 
 
 def match_by_number(files: list[Path], high: Path, low: Path) -> dict[str, Path]:
-    """Return {name of the original: file} of DIV2KRK: gt/img_7_gt.png belongs to lr_x4/im_7.png.
+    """Returns {name of the original: file} of DIV2KRK: gt/img_7_gt.png belongs to lr_x4/im_7.png.
 
     Raises ValueError for an original without a reduction.
     """
@@ -280,7 +280,7 @@ def match_by_number(files: list[Path], high: Path, low: Path) -> dict[str, Path]
 
 
 def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[int]) -> Picture:
-    """Read a picture: reductions in `low_files` as they are, the others made from the original."""
+    """Reads a picture: reductions in `low_files` as they are, the others made from the original."""
     high = decode(high_file).rgb
     height = high.shape[0] // scales[-1]
     width = high.shape[1] // scales[-1]
@@ -295,7 +295,7 @@ def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[i
 
 def check_match(high: np.ndarray, high_file: Path, low: np.ndarray, low_file: Path,
                 factor: int) -> None:
-    """Raise ValueError where `high` is not `factor` times `low`, up to an incomplete pixel."""
+    """Raises ValueError where `high` is not `factor` times `low`, up to an incomplete pixel."""
     for n, m in zip(high.shape[:2], low.shape[:2]):
         if not 0 <= n - m * factor < factor:
             raise ValueError(f"{high_file} ({size(high)}) is not {factor} times {low_file} "
@@ -304,7 +304,7 @@ def check_match(high: np.ndarray, high_file: Path, low: np.ndarray, low_file: Pa
 
 # ---- training batches ----------------------------------------------------------------------------
 def batches(pictures: Pictures, patch: int, batch: int, seed: int, start: int = 0) -> Iterator[SR]:
-    """Yield training batches without end, on the CPU.
+    """Yields training batches without end, on the CPU.
 
     patch: the side in pixels of a square of the original; batch: how many squares. Their images are
       float32 (batch, 3, h, h) in 0..1 with h = patch · scale / largest scale. They are aligned
@@ -332,7 +332,7 @@ def batches(pictures: Pictures, patch: int, batch: int, seed: int, start: int = 
 
 
 def random_crop(pictures: Pictures, side: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """Cut an aligned random square from a random picture, at all scales; side: that at scale 1."""
+    """Cuts an aligned random square from a random picture, at all scales; side: that at scale 1."""
     i = rng.integers(len(pictures))
     images = pictures[i].images
     height, width = images[1].shape[:2]
@@ -353,7 +353,7 @@ def random_crop(pictures: Pictures, side: int, rng: np.random.Generator) -> dict
 
 
 def turned(square: np.ndarray, way: int) -> np.ndarray:
-    """Apply one of the eight symmetries of the square, way = 0..7."""
+    """Applies one of the eight symmetries of the square, way = 0..7."""
     if way & 4:
         square = square.swapaxes(0, 1)
     if way & 2:
@@ -364,13 +364,13 @@ def turned(square: np.ndarray, way: int) -> np.ndarray:
 
 
 def to_tensor(squares: list[np.ndarray]) -> Tensor:
-    """Stack uint8 squares (h, h, 3) to float32 (N, 3, h, h) in 0..1."""
+    """Stacks uint8 squares (h, h, 3) to float32 (N, 3, h, h) in 0..1."""
     stacked = torch.from_numpy(np.stack(squares))
     return stacked.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def ahead(make: Callable[[int], SR], start: int) -> Iterator[SR]:
-    """Yield make(start), make(start + 1), ..., made by a thread a few steps ahead.
+    """Yields make(start), make(start + 1), ..., made by a thread a few steps ahead.
 
     The thread's errors are raised here. It ends when the iterator is closed or dropped.
     """
@@ -388,7 +388,7 @@ def ahead(make: Callable[[int], SR], start: int) -> Iterator[SR]:
 
 
 def to_device(batches: Iterator[SR], device: torch.device) -> Iterator[SR]:
-    """Yield the batches on a device, in the memory layout that convolutions like best."""
+    """Yields the batches on a device, in the memory layout that convolutions like best."""
     with closing(batches):
         for batch in batches:
             images = {}

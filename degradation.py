@@ -35,7 +35,7 @@ EPSILON = 1e-4  # see corrected_kernel
 
 def blind(batches: Iterator[SR], size: int, seed: int, start: int = 0,
           epsilon: float = EPSILON) -> Iterator[SR]:
-    """Replace the low-resolution images of every batch, and add the kernel that is to be found.
+    """Replaces the low-resolution images of every batch, and add the kernel that is to be found.
 
     batches: a stream of `SR`, in 0..1, which is at step `start`; it is closed with this one.
     size, epsilon: see `degrade`. Step k depends on (seed, k, batch) alone. The work is done on the
@@ -52,7 +52,7 @@ def blind(batches: Iterator[SR], size: int, seed: int, start: int = 0,
 @torch.no_grad()
 def degrade(high: Tensor, scale: int, size: int, generator: Generator,
             epsilon: float = EPSILON) -> SR:
-    """Make a blind batch of originals: {1: low, scale: high} with the kernels k* to be found.
+    """Makes a blind batch of originals: {1: low, scale: high} with the kernels k* to be found.
 
     high: (N, 3, H, W) in 0..1, float, on any device; H and W multiples of the scale.
     size: the side of the kernels, of those that blur (in pixels of the original) and of k* (in
@@ -74,7 +74,7 @@ def degrade(high: Tensor, scale: int, size: int, generator: Generator,
 
 def degrade_picture(high: np.ndarray, scale: int, size: int,
                     seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Degrade a whole picture, uint8 (H, W, 3), by the random kernel of this seed.
+    """Degrades a whole picture, uint8 (H, W, 3), by the random kernel of this seed.
 
     Returns low, uint8 (H/scale, W/scale, 3), and k*, float32 (size, size). Else as `degrade`.
     """
@@ -86,7 +86,7 @@ def degrade_picture(high: np.ndarray, scale: int, size: int,
 
 
 def blind_kernels(count: int, size: int, generator: Generator) -> Tensor:
-    """Draw Gaussian kernels, float32 (count, 1, size, size) on the generator's device, each sum 1.
+    """Draws Gaussian kernels, float32 (count, 1, size, size) on the generator's device, each sum 1.
 
     Their deviations along two axes at right angles are U(0.6, 5) pixels of the original, the axes
     are turned by U(-π, π), and every weight is multiplied by 1 + U(0, 0.25).
@@ -108,7 +108,7 @@ def blind_kernels(count: int, size: int, generator: Generator) -> Tensor:
 
 
 def blur_images(x: Tensor, weights: Tensor) -> Tensor:
-    """Convolve every image with its own kernel, (N, C, H, W) with (N, 1, k, k) -> (N, C, H, W).
+    """Convolves every image with its own kernel, (N, C, H, W) with (N, 1, k, k) -> (N, C, H, W).
 
     Outside, the image is mirrored and its border not repeated, so H and W must exceed k // 2.
     """
@@ -119,7 +119,7 @@ def blur_images(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def corrected_kernel(blurred: Tensor, clean: Tensor, size: int, epsilon: float = EPSILON) -> Tensor:
-    """Find the kernel k* with blurred = k* ∗ clean: (N, 1, size, size), not negative, sum 1.
+    """Finds the kernel k* with blurred = k* ∗ clean: (N, 1, size, size), not negative, sum 1.
 
     blurred, clean: reduced images (N, 3, h, w), float, not rounded, h and w >= size; they are taken
       as periodic. Each colour gives a quotient of spectra. A weight of k* is their mean where the

@@ -14,10 +14,11 @@ what P predicts comes back to x (DRN eq. 3, DRC eq. 2):
 
 Of two predictions with the same distance to the truth, the one that shrinks back to x wins. D sees
 only predictions, never the truth. D is learned and not simply the bicubic reduction, because in
-real data nobody knows how the small image was made; where it was bicubic, D comes to resemble it.
+real data nobody knows how the small image was made.
 
 Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
-backbones, and what the losses are used for (prune.py, to be read next; train.py).
+backbones (backbones/base.py, to be read next), and what the losses are used for (prune.py,
+train.py).
 """
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ class Dual(nn.Module):
         super().__init__()
         self.src = src
         self.dst = dst
-        stages = (src // dst).bit_length() - 1       # a stage halves the size
+        stages = (src // dst).bit_length() - 1       # log2: a stage halves the size
         stride, padding = 2, 1
         if src == 3 * dst:                           # one stage, centres at 1, 4, 7, ... (ours: the
             stages = 1                               # release halves here, and the sizes differ)
@@ -79,7 +80,7 @@ def dr_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleLis
 
 
 def blind_loss(kernel: Tensor, true: Tensor) -> Tensor:
-    """|k − k*|, the mean over two (N, 1, k, k): all that trains a kernel estimator (DCLS)."""
+    """The mean of |kernel − true|, both (N, 1, side, side): trains a blur estimator (DCLS)."""
     return F.l1_loss(kernel, true)
 
 
@@ -87,8 +88,8 @@ def native_loss(out, batch, duals: nn.ModuleList, weight: float, rgb_range: floa
     """The training loss of a backbone: L_DR in the network's own ("native") range, 0..rgb_range.
 
     The paper's learning rates belong to that range: DRN's losses are 255 times those of a network
-    in 0..1. A blind backbone adds |k − k*|. out: what the backbone returned; batch: what it should
-    have returned (both with `images` by scale and `kernel`, None where nothing is blind).
+    in 0..1. A blind backbone adds `blind_loss`. out: what the backbone returned; batch: what it
+    should have returned (both are `SR`, see backbones/base.py: `images` by scale, and `kernel`).
     """
     loss = rgb_range * dr_loss(out.images, batch.images, duals, weight)
     if out.kernel is None:
@@ -104,11 +105,11 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @contextmanager
 def distillation(student: nn.Module, teacher: nn.Module):
-    """Within it: a function (low, the student's output for it) -> the distance to the teacher's.
+    """Yields distance(low, out): how far the student's output `out` for low is from the teacher's.
 
-    Call it right after the student's forward pass. A backbone that names a `feature` (DRN) is
-    compared by the input of that module, the others by the L1 distance of the images. (SwinIR so in
-    the release; DAT and DCLS are ours.) In the native range.
+    A backbone that names a `feature` (DRN) is compared by the input of that module, in the
+    student's latest forward pass; so call it right after that. The others are compared by the L1
+    distance of the images. (SwinIR so in the release; DAT and DCLS are ours.) In the native range.
     """
     features = {}
 

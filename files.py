@@ -49,7 +49,7 @@ class Decoded(NamedTuple):
 
 
 def decode(path: str | os.PathLike) -> Decoded:
-    """Read any picture file that Pillow can read, turned upright as its EXIF tag says.
+    """Reads any picture file that Pillow can read, turned upright as its EXIF tag says.
 
     Of several frames it is the first. 16-bit grey becomes 8-bit by division by 257, rounded
     (65535 → 255). Colour profiles are ignored.
@@ -70,7 +70,7 @@ def decode(path: str | os.PathLike) -> Decoded:
 
 
 def to_arrays(image: Image.Image) -> Decoded:
-    """Convert any mode of Pillow's; alpha comes from the mode or from a transparent colour."""
+    """Converts any mode of Pillow's; alpha comes from the mode or from a transparent colour."""
     if image.mode == "F":
         raise ValueError("it holds floating-point values, save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # I;16 in both byte orders, and I, Pillow's mode of 16-bit PGM
@@ -83,7 +83,7 @@ def to_arrays(image: Image.Image) -> Decoded:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey: 65535 / 257 = 255, so white stays white."""
+    """Converts 16-bit grey: 65535 / 257 = 255, so white stays white."""
     wide = np.asarray(image).astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
         raise ValueError("it holds values outside 0..65535, save it with 8 or 16 bits")
@@ -92,9 +92,10 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Write a picture in the format of the path's extension, in full or not at all.
+    """Writes a picture in the format of the path's extension, in full or not at all.
 
-    array: uint8 (H, W), (H, W, 3) or (H, W, 4). JPEG gets quality 95, WebP is lossless.
+    array: uint8 (H, W), (H, W, 2) for grey with alpha, (H, W, 3) or (H, W, 4). JPEG gets quality
+    95, WebP is lossless.
     Raises ValueError for an unknown extension or an array that the format cannot hold, OSError as
     `run.write_file` does.
     """
@@ -112,13 +113,13 @@ def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
 
 
 def size(image: np.ndarray) -> str:
-    """Return "WxH", as people write it."""
+    """Returns "WxH", as people write it."""
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
 # ---- which files, and where their results go -----------------------------------------------------
 def list_pictures(folder: Path) -> list[Path]:
-    """Return all picture files below a folder, sorted by path.
+    """Returns all picture files below a folder, sorted by path.
 
     Names with a leading dot are leftovers of other programs.
     """
@@ -183,7 +184,7 @@ def plan(given: list[str], output: str | None, scale: int, force: bool) -> list[
         elif output:
             target = Path(output) / name.parent / target.name
         jobs.append(Job(source, target))
-    jobs = without_results(jobs, given)
+    jobs = without_results(jobs, given, scale)
     check_targets(jobs, force)
     return jobs
 
@@ -202,11 +203,16 @@ def is_file_name(output: str) -> bool:
     return True
 
 
-def without_results(jobs: list[Job], given: list[str]) -> list[Job]:
-    """Leaves out what an earlier call made of the same folder, and what was given twice."""
+def without_results(jobs: list[Job], given: list[str], scale: int) -> list[Job]:
+    """Leaves out what an earlier call made of the same folder, and what was given twice.
+
+    scale: as in `plan`; photo_x4.png beside photo.jpg is a result, unless it was given by name.
+    """
     named = {Path(text).resolve() for text in given}
     resolved = [(job.source.resolve(), job.target.resolve()) for job in jobs]
-    results = {target for source, target in resolved if target != source} - named
+    results = {target for source, target in resolved if target != source}
+    results |= {source.with_name(f"{source.stem}_x{scale}.png") for source, _ in resolved}
+    results -= named
     kept = {}
     for job, (source, target) in zip(jobs, resolved):
         if source not in results:

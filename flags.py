@@ -1,8 +1,8 @@
 """The flags of train.py: their names, what they change, and which do not go together.
 
-A run is decided by its settings (train.Settings): a preset, changed by flags of the same names.
+A run is decided by its settings (settings.Settings): a preset, changed by flags of the same names.
 Flags that only say where and with what to work (device, kernels, memory, test pictures, run folder)
-are no settings. Not here: the numbers and what they mean; they are in train.py.
+are no settings. Not here: the numbers and what they mean; they are in settings.py.
 """
 import argparse
 import re
@@ -15,6 +15,7 @@ from torch import nn
 import models
 import prune
 from run import WrongUsage, number, positive, usable_device
+from settings import PRESETS, Settings
 
 
 def target(text: str) -> tuple[str, float]:
@@ -34,19 +35,20 @@ def teacher_file(text: str) -> str:
     return text
 
 
-def parse_args(presets: dict, argv: list[str] | None = None) -> tuple:
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
     """(args, settings) of the command line: resources and run folder, and all that decides the run.
 
-    presets: train.PRESETS. Wrong flags end the process with a sentence and exit code 2.
+    Wrong flags end the process with a sentence and exit code 2.
     """
     parser = argparse.ArgumentParser(description="Train, compress and report: dual regression "
                                      "compression.", allow_abbrev=False)
     natural = number(int, 1)
     add = parser.add_argument_group("what").add_argument
     add("--arch", choices=tuple(models.PRESETS), required=True, help="the network")
-    add("--scale", type=int, default=4, help="upscaling factor (default 4)")
-    add("--prune", type=number(float, 0, 1), default=0.0, metavar="R",
-        help="remove about this part of the hidden channels; 0 only trains")
+    add("--scale", type=int, help="upscaling factor (default 4)")
+    add("--prune", type=number(float, 0, 1), metavar="R",
+        help="compress: a layer keeps 1 - R of its hidden channels or less, down to half of that "
+             "(default 0: only train)")
     add("--budget", type=target, metavar="params=F|madds=F",
         help="compress the whole network to this part of its cost")
     add("--preset", choices=("quick", "default", "paper"),
@@ -74,20 +76,20 @@ def parse_args(presets: dict, argv: list[str] | None = None) -> tuple:
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,
         help="search without the second-order term: 3 passes, not 5")
-    add("--round", type=int, choices=(4, 8), default=4,
+    add("--round", type=int, choices=(4, 8),
         help="widths are multiples of this (default 4; 8 suits GPUs)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher_file, metavar="ARCH:FILE",
         help="distil from this network (default: the unpruned one)")
     add = parser.add_argument_group("run").add_argument
     add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, pictures and patches")
+    add("--seed", type=number(int, 0), help="of weights, pictures and patches (default 0)")
     add("--kernels", choices=("torch", "triton"),
         help="default: triton where there is a GPU and Triton")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        settings = settle(args, presets)
+        settings = settle(args)
     except WrongUsage as error:
         parser.error(str(error))
     args.run = Path(args.run or default_folder(settings))
@@ -100,20 +102,17 @@ def blueprint(arch: str, scale: int) -> nn.Module:
         return models.build(arch, scale)
 
 
-def settle(args: argparse.Namespace, presets: dict):
+def settle(args: argparse.Namespace) -> Settings:
     """The settings: a preset with what the flags change.
 
     WrongUsage: an unknown scale, a network without settings, flags that do not go together.
     """
-    try:
-        network = blueprint(args.arch, args.scale)
-    except ValueError as error:
-        raise WrongUsage(f"--scale: {error}") from error
     family = args.arch.partition("_")[0]
     preset = args.preset or ("default" if args.device.type == "cuda" else "quick")
-    if (family, preset) not in presets:
-        raise WrongUsage(f"no settings for {args.arch}: add train.PRESETS[{family!r}, {preset!r}]")
-    settings = presets[family, preset]
+    if (family, preset) not in PRESETS:
+        raise WrongUsage(f"no settings for {args.arch}: add "
+                         f"settings.PRESETS[{family!r}, {preset!r}]")
+    settings = PRESETS[family, preset]
     given = {}
     for field in fields(settings):
         value = getattr(args, field.name, None)
@@ -121,14 +120,19 @@ def settle(args: argparse.Namespace, presets: dict):
             given[field.name] = value
     given["preset"] = preset
     given["continue_training"] = args.steps is not None
-    settings = fitted(replace(settings, **given), args.patch, args.batch)
+    settings = replace(settings, **given)
+    try:
+        network = blueprint(settings.arch, settings.scale)
+    except ValueError as error:
+        raise WrongUsage(f"--scale: {error}") from error
+    settings = fitted(settings, args.patch, args.batch)
     if settings.budget and not settings.prune:
         settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
     check(settings, network)
     return settings
 
 
-def check(settings, network: nn.Module) -> None:
+def check(settings: Settings, network: nn.Module) -> None:
     """WrongUsage: settings that do not go together."""
     if settings.preset == "paper" and not settings.data:
         raise WrongUsage("--preset paper needs --data DIR with DF2K or DIV2K in it")
@@ -144,7 +148,7 @@ def check(settings, network: nn.Module) -> None:
         raise WrongUsage("--pretrained-dual and --channels belong to --pretrained FILE")
 
 
-def fitted(settings, patch: int | None, batch: int | None):
+def fitted(settings: Settings, patch: int | None, batch: int | None) -> Settings:
     """The settings with patches that are multiples of the scale, and that fit into memory.
 
     patch, batch: what was given for training. A smaller one is meant for all stages, since somebody
@@ -167,7 +171,7 @@ def fitted(settings, patch: int | None, batch: int | None):
                    select_patch=select_patch - select_patch % scale, select_batch=select_batch)
 
 
-def default_folder(settings) -> str:
+def default_folder(settings: Settings) -> str:
     """runs/drn_s_x4_p30, or with a budget runs/drn_s_x4_params70."""
     if settings.budget:
         kind, part = settings.budget
@@ -177,7 +181,7 @@ def default_folder(settings) -> str:
     return f"runs/{settings.arch}_x{settings.scale}_{suffix}"
 
 
-def headline(args: argparse.Namespace, settings, using: str) -> str:
+def headline(args: argparse.Namespace, settings: Settings, using: str) -> str:
     """The first line of the output: what runs where, and why with this preset.
 
     using: what kernels.choose says.

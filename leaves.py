@@ -45,7 +45,7 @@ AXES = np.array([[1, 1, 1],
 
 
 def dead_leaves(seed: int | Sequence[int], side: int) -> np.ndarray:
-    """Draw one picture, uint8 (side, side, 3), always the same for the same seed and side.
+    """Draws one picture, uint8 (side, side, 3), always the same for the same seed and side.
 
     seed: whatever `np.random.default_rng` takes: an int >= 0, or several.
     """
@@ -57,7 +57,7 @@ def dead_leaves(seed: int | Sequence[int], side: int) -> np.ndarray:
 
 
 def draw(seeds: Sequence, side: int, workers: int | None = None) -> Iterator[np.ndarray]:
-    """Yield `dead_leaves(seed, side)` for every seed, in order, drawn by several processes.
+    """Yields `dead_leaves(seed, side)` for every seed, in order, drawn by several processes.
 
     workers: how many; by default one per usable core on Linux where there is enough to do, else
     the work is done in this process. The processes are forked, because any other way of starting
@@ -99,7 +99,7 @@ class Leaf(NamedTuple):
 
 
 def scatter(rng: Generator, side: int, smallest: float) -> Iterator[Leaf]:
-    """Throw leaves front to back on a square; yield those that are seen, until it is covered.
+    """Throws leaves front to back on a square; yields those that are seen, until it is covered.
 
     smallest: the smallest radius. The caller draws from the same `rng` to paint each leaf.
     """
@@ -116,7 +116,7 @@ def scatter(rng: Generator, side: int, smallest: float) -> Iterator[Leaf]:
 
 
 def throw(rng: Generator, side: int, smallest: float, count: int = 1000) -> list[Shape]:
-    """Draw leaves on and around a square: half are disks, half rectangles.
+    """Draws leaves on and around a square: half are disks, half rectangles.
 
     A rectangle has the area of the disk, (2 · height) · (2 · width) = π · radius², with
     aspect = height / width between 1/2 and 2, so height = radius · √(π/4 · aspect).
@@ -134,7 +134,7 @@ def throw(rng: Generator, side: int, smallest: float, count: int = 1000) -> list
 
 
 def radii(rng: Generator, count: int, smallest: float, side: int) -> np.ndarray:
-    """Draw radii in [smallest, 2·side], float64 (count,), as they are met on a square.
+    """Draws radii in [smallest, 2·side], float64 (count,), as they are met on a square.
 
     Objects of radius r appear in photographs with density r^-3. A leaf touches the square from all
     places within r of it, about (side + 2r)², so the density of those met is r^-3 (side + 2r)².
@@ -150,7 +150,7 @@ def radii(rng: Generator, count: int, smallest: float, side: int) -> np.ndarray:
 
 
 def bounding_box(shape: Shape, side: int) -> tuple[slice, slice]:
-    """Return the rows and columns of the canvas that a leaf may touch, none where it is outside."""
+    """The rows and columns of the canvas that a leaf may touch, none where it is outside."""
     def span(centre: float) -> slice:
         start = math.floor(centre - shape.reach)
         stop = math.floor(centre + shape.reach) + 2
@@ -162,7 +162,7 @@ def bounding_box(shape: Shape, side: int) -> tuple[slice, slice]:
 
 
 def lay_down(shape: Shape, box: tuple[slice, slice], free: np.ndarray) -> Leaf:
-    """Find the pixels that a leaf covers and no other hides."""
+    """Finds the pixels that a leaf covers and no other hides."""
     rows, columns = box
     dy = distances(rows, shape.y)[:, None]
     dx = distances(columns, shape.x)
@@ -179,14 +179,14 @@ def lay_down(shape: Shape, box: tuple[slice, slice], free: np.ndarray) -> Leaf:
 
 
 def distances(span: slice, centre: float) -> np.ndarray:
-    """Return how far the pixels of one axis are from a centre, float32 (length of the span,)."""
+    """Returns how far the pixels of one axis are from a centre, float32 (length of the span,)."""
     pixels = np.arange(span.start, span.stop, dtype=np.float32)
     return pixels - np.float32(centre)
 
 
 # ---- 2 and 3 paint them --------------------------------------------------------------------------
 def sharp_leaves(rng: Generator, side: int) -> np.ndarray:
-    """Draw a picture that is sharp everywhere, float32 (side, side, 3) in [0, 1].
+    """Draws a picture that is sharp everywhere, float32 (side, side, 3) in [0, 1].
 
     The canvas has twice the size, so a leaf's diameter in pixels of the picture is its radius here.
     """
@@ -202,7 +202,7 @@ def sharp_leaves(rng: Generator, side: int) -> np.ndarray:
 
 
 def halved(canvas: np.ndarray) -> np.ndarray:
-    """Average blocks of 2×2 pixels, float32 (2h, 2w, 3) -> (h, w, 3)."""
+    """Averages blocks of 2×2 pixels, float32 (2h, 2w, 3) -> (h, w, 3)."""
     total = canvas[::2, ::2] + canvas[1::2, ::2]
     total += canvas[::2, 1::2]
     total += canvas[1::2, 1::2]
@@ -216,7 +216,7 @@ class Palette(NamedTuple):
 
 
 def random_palette(rng: Generator) -> Palette:
-    """Draw the palette of a picture: dark or bright, of low or high contrast, dull or colourful."""
+    """Draws a picture's palette: dark or bright, of low or high contrast, dull or colourful."""
     luminance = rng.uniform(0.25, 0.65)
     contrast = rng.uniform(0.12, 0.28)
     tint = rng.normal(0, 0.05, 2)
@@ -225,7 +225,7 @@ def random_palette(rng: Generator) -> Palette:
 
 
 def paint(rng: Generator, leaf: Leaf, palette: Palette, noises: list[np.ndarray]) -> np.ndarray:
-    """Draw the colour of a leaf, RGB float32 about 0..1: (3,), or (pixels that are seen, 3).
+    """Draws the colour of a leaf, RGB float32 about 0..1: (3,), or (pixels that are seen, 3).
 
     Leaves too small to show a gradient or a texture have none.
     """
@@ -241,7 +241,7 @@ def paint(rng: Generator, leaf: Leaf, palette: Palette, noises: list[np.ndarray]
 
 
 def gradient(rng: Generator, leaf: Leaf) -> np.ndarray:
-    """Draw a factor (h, w): from 0.7 on one edge of the leaf to 1.3 on the opposite one."""
+    """Draws a factor (h, w): from 0.7 on one edge of the leaf to 1.3 on the opposite one."""
     angle = rng.uniform(0, 2 * np.pi)
     slope_x = np.float32(0.3 * math.cos(angle) / leaf.radius)
     slope_y = np.float32(0.3 * math.sin(angle) / leaf.radius)
@@ -250,7 +250,7 @@ def gradient(rng: Generator, leaf: Leaf) -> np.ndarray:
 
 
 def texture(rng: Generator, leaf: Leaf, noises: list[np.ndarray]) -> np.ndarray:
-    """Draw a grey pattern (h, w) to add to a leaf: stripes, or a piece of one of the noises."""
+    """Draws a grey pattern (h, w) to add to a leaf: stripes, or a piece of one of the noises."""
     strength = np.float32(rng.uniform(0, 0.12))
     if rng.random() < 0.15:
         return strength * stripes(rng, leaf)
@@ -263,7 +263,7 @@ def texture(rng: Generator, leaf: Leaf, noises: list[np.ndarray]) -> np.ndarray:
 
 
 def stripes(rng: Generator, leaf: Leaf) -> np.ndarray:
-    """Draw a sine wave (h, w) in any direction, of 0.03 to 0.25 cycles per pixel of the picture."""
+    """Draws a sine wave (h, w) in any direction, 0.03 to 0.25 cycles per pixel of the picture."""
     frequency = rng.uniform(0.03, 0.25) / 2  # a pixel of the canvas is half of one
     angle = rng.uniform(0, np.pi)
     phase = np.float32(rng.uniform(0, 2 * np.pi))
@@ -275,7 +275,7 @@ def stripes(rng: Generator, leaf: Leaf) -> np.ndarray:
 
 
 def noise(rng: Generator, side: int, slope: float) -> np.ndarray:
-    """Draw noise float32 (side, side), mean 0, deviation 1, with amplitudes falling as 1/f^slope.
+    """Draws noise float32 (side, side), mean 0, deviation 1, with amplitudes falling as 1/f^slope.
 
     Random numbers for every frequency are weighted and transformed back, so the noise is periodic.
     A slope of 1 is that of photographs; a smaller one makes finer noise, a larger one coarser.
@@ -294,7 +294,7 @@ def noise(rng: Generator, side: int, slope: float) -> np.ndarray:
 
 # ---- 4 depth of field ----------------------------------------------------------------------------
 def out_of_focus(rng: Generator, image: np.ndarray) -> np.ndarray:
-    """Blur a picture by depth, float32 (side, side, 3) -> the same.
+    """Blurs a picture by depth, float32 (side, side, 3) -> the same.
 
     A second throw of leaves, at a quarter of the size, is a map of depths from 0 to 1: at 0 the
     picture stays sharp, at 1 it becomes the picture under a Gaussian of 0.6 to 2.5 pixels.
@@ -311,7 +311,7 @@ def out_of_focus(rng: Generator, image: np.ndarray) -> np.ndarray:
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur float32 (h, w, c) by a Gaussian of deviation sigma, in pixels; mirrored at the border.
+    """Blurs float32 (h, w, c) by a Gaussian of deviation sigma, in pixels; mirrored at the border.
 
     A Gaussian of two variables is the product of two of one: first the rows, then the columns.
     """

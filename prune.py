@@ -11,9 +11,10 @@ with the network's `SR` and one that holds the true images. In DRC it is `dual.n
 network's own range (255·L_DR for DRN), and the learning rates below refer to that.
 
 Not here: the loss, batches, fine-tuning (train.py). tour.py shows all of it on a small network.
-Read backbones/base.py next.
+Read backbones/drn.py next.
 """
 import copy
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -56,7 +57,8 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     replay       do not run finished blocks again: the same numbers to the last bit, see `replaying`
     original     the network before any pruning (default: a copy of `model` as it is)
     done         {name: order} of pairs that `model` has behind it: continues a stopped selection
-    on_pair      called after each pair with (pair, all that is kept so far, losses of its scorings)
+    on_pair      called after each pair with (pair, all that is kept so far, its rounds: for each
+                 the loss before it and the scores of the channels that it took)
     Returns {pair name: kept channels, in the order of selection}.
     """
     original = original or copy.deepcopy(model)
@@ -65,55 +67,60 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     kept = dict(done or {})
-    finished = [{} for _ in calibration]             # per batch: {block: its output}, pruned
-    finished_original = [{} for _ in calibration]    # and original network
+    # {module: its output} of finished blocks, a dict for each batch: of the network being pruned,
+    stored = [{} for _ in calibration]
+    # and of the original network
+    stored_original = [{} for _ in calibration]
+    once = called_once(original, calibration[0].images[1][:1]) if replay else set()
     for block, pairs in groupby(model.pairs(), lambda pair: pair.block):
         for pair in pairs:
             if pair.name in kept:
                 continue
             losses = []
-            for batch, outputs, wanted in zip(calibration, finished, finished_original):
-                targets = features(original, pair, batch, wanted)
-                before = outputs
+            for batch, here, there in zip(calibration, stored, stored_original):
+                targets = features(original, pair, batch, there)
                 if replay:
-                    before = outputs | ahead_of(model, pair, batch, outputs)
-                losses.append(partial(pair_loss, model, pair, batch, before, targets, loss_fn))
+                    here = here | ahead_of(model, pair, batch, here)
+                losses.append(partial(pair_loss, model, pair, batch, by_module(model, here),
+                                      targets, loss_fn))
             n = widths[pair.name] // pair.heads
-            kept[pair.name], record = select_pair(model, pair, n, losses, rate, per_round, reuse)
+            kept[pair.name], rounds = select_pair(model, pair, n, losses, rate, per_round, reuse)
             silence(model, pair, kept[pair.name])
             if on_pair:
-                on_pair(pair, kept, record)
+                on_pair(pair, kept, rounds)
         if replay:
-            for batch, outputs, wanted in zip(calibration, finished, finished_original):
-                finish(model, block, batch, outputs)
-                finish(original, block, batch, wanted)
+            for batch, here, there in zip(calibration, stored, stored_original):
+                advance(model, block, batch, here, once)
+                advance(original, block, batch, there, once)
     for parameter in trainable:
         parameter.requires_grad_()
     return kept
 
 
-def features(network: nn.Module, pair, batch, outputs: dict) -> list[Tensor]:
+def features(network: nn.Module, pair, batch, stored: dict) -> list[Tensor]:
     """f of one batch: what the pair's consumers put out."""
-    with torch.no_grad(), replaying(network, outputs), outputs_of(network, pair) as collected:
+    with (torch.no_grad(), replaying(by_module(network, stored)),
+          collecting(network, pair) as found):
         run_to(network, pair.block, batch.images[1])
-    return collected
+    return found
 
 
-def pair_loss(model: nn.Module, pair, batch, outputs: dict, targets: list[Tensor],
+def pair_loss(model: nn.Module, pair, batch, stored: list[tuple], targets: list[Tensor],
               loss_fn: Callable) -> Tensor:
     """L of one batch: how far the features are from the original's, plus the loss of the output."""
-    with replaying(model, outputs), outputs_of(model, pair) as collected:
+    with replaying(stored), collecting(model, pair) as found:
         out = model(batch.images[1])
-    return sum(F.mse_loss(f, g) for f, g in zip(collected, targets)) + loss_fn(out, batch)
+    return sum(F.mse_loss(f, target) for f, target in zip(found, targets)) + loss_fn(out, batch)
 
 
 def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], rate: float,
-                per_round: int, reuse: bool) -> tuple[list[int], list[float]]:
+                per_round: int, reuse: bool) -> tuple[list[int], list[tuple]]:
     """Greedy selection of n channels of one pair (Algorithm 2).
 
     The consumer's weight starts from zero. Each round scores the channels that are not selected,
     gives the best their pretrained weights back, and tunes all selected ones by one pass of SGD.
-    batch_losses: L of each batch. Returns (indices in order of selection, loss of each scoring).
+    batch_losses: L of each batch. Returns the indices in order of selection, and for each round
+    (the loss before it, the scores of those it took).
     """
     layers = [model.get_submodule(layer) for layer, _ in pair.consumers]
     weights = [layer.weight for layer in layers]
@@ -123,26 +130,29 @@ def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], ra
     masks = [torch.zeros_like(p) for p in weights] + [torch.ones_like(p) for p in biases]
     for weight in weights:
         weight.data.zero_()
-    order, record, scored = [], [], None
+    order = []
+    rounds = []
+    last_pass = None
     while len(order) < n:
-        if not (scored and reuse):
-            scored = one_pass(batch_losses, tuned)
-        gradients, loss = scored
-        record.append(loss)
+        if last_pass is None or not reuse:
+            last_pass = one_pass(batch_losses, tuned)
+        gradients, loss = last_pass
         score = channel_scores(gradients, pair)
-        score[order] = -1
-        chosen = score.topk(min(per_round, n - len(order))).indices
+        score[order] = -1                    # they are in already
+        best, chosen = score.topk(min(per_round, n - len(order)))
+        rounds.append((loss, best.tolist()))
         for weight, source, mask, (_, columns) in zip(weights, pretrained, masks, pair.consumers):
             at = columns[chosen.cpu()].flatten().to(weight.device)
             weight.data[:, at] = source[:, at]
             mask[:, at] = 1
         order += chosen.tolist()
+        # as in the release, a new optimiser: the momentum starts anew in each round
         optimiser = torch.optim.SGD(tuned, rate, momentum=0.9, nesterov=True)
-        scored = one_pass(batch_losses, tuned, masks, optimiser)
+        last_pass = one_pass(batch_losses, tuned, masks, optimiser)
     for p in tuned:
         p.requires_grad_(False)
         p.grad = None
-    return order, record
+    return order, rounds
 
 
 def one_pass(batch_losses: list[Callable], tuned: list[Tensor], masks: list[Tensor] | None = None,
@@ -172,6 +182,7 @@ def channel_scores(gradients: list[Tensor], pair) -> Tensor:
     the greedy selection and this score from DCP (discrimination-aware pruning, arXiv 1810.11809).
     """
     total = 0
+    # zip ends with the consumers' weights; the gradients of their biases follow, and do not count
     for gradient, (_, columns) in zip(gradients, pair.consumers):
         norms = gradient.reshape(*gradient.shape[:2], -1).norm(dim=2)      # (out, in)
         total = total + norms.sum(0)[columns.to(gradient.device)].sum(1)
@@ -182,12 +193,14 @@ def channel_scores(gradients: list[Tensor], pair) -> Tensor:
 def silence(model: nn.Module, pair, kept: list[int]) -> None:
     """Zeroes the producers' rows of the channels that were not kept.
 
-    Selection has masked the consumer's columns. Is that the network that `cut` will leave?
-      conv, MLP  yes: a channel reaches nothing but its column
-      attention  not yet: the columns of `proj` mask v, but q and k of a masked place still take
-                 part in the scores q·k of their head. They stay as trained while columns are
-                 chosen; zeroed here, they add nothing, and later pairs see what will be left
-      LayerNorm  no: it takes its mean over all channels. They stay, and `cut` fits the norm again
+    Selection has zeroed ("masked") their columns in the consumer. That is already the network that
+    `cut` will leave, with two exceptions:
+
+    conv, MLP   no exception: a channel reaches nothing but its column
+    attention   a column of `proj` masks v_j, but q_j·k_j still adds to every q·k of its head. It
+                does so while the columns are chosen; zeroing the rows of q and k ends it
+    LayerNorm   zeroing a channel would change the mean and variance by which all the others are
+                normalised. So nothing is zeroed here, and `cut` fits the norm again
     """
     if pair.norm:
         return
@@ -201,21 +214,26 @@ def silence(model: nn.Module, pair, kept: list[int]) -> None:
 
 
 # ---- replay: what ran before the pair is not run again ------------------------------------------
-# While a pair is selected, only weights of its block change, and the calibration batches are fixed:
-# whatever ran before gives the same output in every pass. So the output of every finished block is
-# stored once per batch, and from then on the block returns it in place of running. Nothing is
-# approximated: the same operations on the same numbers follow.
+# While a pair is selected, only weights of its block change, the calibration batches are fixed, and
+# in evaluation mode nothing is random: whatever ran before gives the same output in every pass. So
+# the output of every finished block is stored once per batch, and from then on the block returns it
+# in place of running. Nothing is approximated: the same operations on the same numbers follow.
+# What this asks of a network is the first of the traps in backbones/base.py.
 @contextmanager
-def replaying(network: nn.Module, outputs: dict):
-    """Within it every module named in `outputs` returns what is stored there and does not run."""
-    modules = [network.get_submodule(name) for name in outputs]
-    for module, output in zip(modules, outputs.values()):
+def replaying(stored: list[tuple[nn.Module, object]]):
+    """Within it each of the modules returns the output beside it and does not run."""
+    for module, output in stored:
         module.forward = partial(again, output)
     try:
         yield
     finally:
-        for module in modules:
+        for module, _ in stored:
             del module.forward               # the class's own forward is visible again
+
+
+def by_module(network: nn.Module, stored: dict) -> list[tuple[nn.Module, object]]:
+    """{name: output} for `replaying`; looking modules up by name in every pass would take time."""
+    return [(network.get_submodule(name), output) for name, output in stored.items()]
 
 
 def again(stored, *inputs):
@@ -226,32 +244,35 @@ def again(stored, *inputs):
 
 
 @torch.no_grad()
-def ahead_of(network: nn.Module, pair, batch, outputs: dict) -> dict:
+def ahead_of(network: nn.Module, pair, batch, stored: dict) -> dict:
     """{name: output} of what precedes the pair's consumer in its nn.Sequential, if it is in one.
 
     Only the consumer's weights change while channels are chosen, so these are not run again either.
+    Of a chain only the last output is read; the members before it get None, which nobody uses.
     """
     parent, _, position = pair.consumers[0][0].rpartition(".")
     if not isinstance(network.get_submodule(parent), nn.Sequential) or int(position) == 0:
         return {}
     names = [f"{parent}.{i}" for i in range(int(position))]
-    with replaying(network, outputs):
+    with replaying(by_module(network, stored)):
         output = run_to(network, names[-1], batch.images[1])
-    return dict.fromkeys(names[:-1]) | {names[-1]: output}
+    found = dict.fromkeys(names)
+    found[names[-1]] = output
+    return found
 
 
 @contextmanager
-def outputs_of(network: nn.Module, pair):
+def collecting(network: nn.Module, pair):
     """A list that collects what the pair's consumers put out while the block runs."""
-    collected = []
+    found = []
 
     def collect(module, inputs, output):
-        collected.append(output)
+        found.append(output)
 
     hooks = [network.get_submodule(layer).register_forward_hook(collect)
              for layer, _ in pair.consumers]
     try:
-        yield collected
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
@@ -278,20 +299,48 @@ def run_to(network: nn.Module, name: str, low: Tensor):
 
 
 @torch.no_grad()
-def finish(network: nn.Module, block: str, batch, outputs: dict) -> None:
-    """Adds the output of a finished block to `outputs`, and drops what no one will read again:
-    outputs inside it, and those of earlier members of the same nn.Sequential.
+def called_once(network: nn.Module, low: Tensor) -> set[str]:
+    """The names of the modules that a forward pass calls once: only these can be replayed."""
+    calls = Counter()
+    hooks = []
+    for name, module in network.named_modules():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
+    network(low)
+    for hook in hooks:
+        hook.remove()
+    return {name for name, count in calls.items() if count == 1}
+
+
+@torch.no_grad()
+def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str]) -> None:
+    """Adds to `stored` what is finished when `block` is, and drops what no one will read again.
+
+    Finished are, besides the block, modules that ran before it and are no blocks, such as a first
+    convolution. Of nested modules the outermost one is stored. Dropped are outputs inside it, and
+    those of earlier members of the same nn.Sequential. once: see `called_once`.
     """
-    with replaying(network, outputs):
-        output = run_to(network, block, batch.images[1])
-    parent = block.rpartition(".")[0]
-    in_chain = isinstance(network.get_submodule(parent), nn.Sequential)
-    for other in list(outputs):
-        if other.startswith(f"{block}."):
-            del outputs[other]
-        elif in_chain and other.rpartition(".")[0] == parent:
-            outputs[other] = None            # it is still not to be run
-    outputs[block] = output
+    finished = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            finished[name] = output
+        return hook
+
+    hooks = [network.get_submodule(name).register_forward_hook(keep(name))
+             for name in once - stored.keys()]
+    with replaying(by_module(network, stored)):
+        run_to(network, block, batch.images[1])
+    for hook in hooks:
+        hook.remove()
+    for name, output in finished.items():
+        parent = name.rpartition(".")[0]
+        in_chain = isinstance(network.get_submodule(parent), nn.Sequential)
+        for other in list(stored):
+            if other.startswith(f"{name}."):
+                del stored[other]
+            elif in_chain and other.rpartition(".")[0] == parent:
+                stored[other] = None         # it is still not to be run
+        stored[name] = output
 
 
 # ---- cut: remove the others ---------------------------------------------------------------------
@@ -300,7 +349,8 @@ def cut(model: nn.Module, kept: dict[str, list[int]], calibration: list | None =
     that is not named keeps all). It computes what the selected `model` computes.
 
     One exception: a LayerNorm within a pair (DAT) normalises differently over fewer channels. Its
-    scale and shift are fitted again on the first batch of `calibration`; without, it costs some dB.
+    scale and shift are fitted again on the first batch of `calibration`; without, it costs about
+    4 dB (RESULTS.md, "DRC on DAT").
     """
     state = model.state_dict()
     index = {}
@@ -355,7 +405,8 @@ def fit_norm(found: dict, name: str, chosen: Tensor, norm: nn.LayerNorm, inputs,
     wanted = output[..., chosen].flatten(0, -2).double()                   # (tokens, kept)
     x = inputs[0][..., chosen].double()
     z = F.layer_norm(x, (len(chosen),), eps=norm.eps).flatten(0, -2)       # (tokens, kept)
-    mean_z, mean = z.mean(0), wanted.mean(0)
+    mean_z = z.mean(0)
+    mean = wanted.mean(0)
     covariance = ((z - mean_z) * (wanted - mean)).mean(0)
     variance = (z - mean_z).square().mean(0)
     slope = covariance / variance.clamp_min(1e-12)

@@ -4,7 +4,7 @@ The networks of a run (dense, cut, pruned) and bicubic interpolation are measure
 PSNR and SSIM of the luma, parameters, multiply-adds, seconds per picture (evaluate.py). Pictures
 come from --test, or are the eight photographs of scikit-image, blurred for a blind network.
 
-Not here: the measures themselves, and what led to the networks. Read evaluate.py next.
+Not here: the measures themselves (evaluate.py), and what led to the networks. Read run.py next.
 """
 import json
 import math

@@ -3,7 +3,7 @@
 A command ends with one sentence where the user can put something right (`command`). Files are
 written in full or not at all (`write_file`) and read without executing anything in them
 (`read_checkpoint`). `Run` is the folder of one training run: stopped at any moment, by ctrl-C or by
-kill -9, it continues where it was and ends with the same weights, to the last bit.
+kill -9, it continues where it was, and on a CPU it ends with the same weights, to the last bit.
 
 Not here: what the stages of a run do. Read train.py next.
 """
@@ -263,14 +263,14 @@ def has_work(folder: Path) -> bool:
 def check_config(folder: Path, config: dict) -> None:
     """WrongUsage: the folder's config.json is not that of a run with this config."""
     file = folder / "config.json"
-    if not file.exists():
+    if not file.exists() and not has_work(folder):
         return
     known = {}
-    with suppress(ValueError):
+    with suppress(ValueError, FileNotFoundError):
         known = json.loads(file.read_text())
     if not isinstance(known, dict) or known.keys() != config.keys():
         raise WrongUsage(f"{folder} was made by another version of this program, its config.json "
-                         f"has other entries: give another folder with --run")
+                         f"is missing or has other entries: give another folder with --run")
     now = json.loads(json.dumps(config))     # as it would be read back: tuples become lists
     for name in sorted(now, key=lambda name: name != "preset"):      # it explains the others
         if known[name] != now[name] and has_work(folder):

@@ -4,10 +4,13 @@ Every layer gets six candidate widths and six numbers α. While the search runs,
 mixture of its six versions, weighted by softmax(α), and α is trained along with the weights, on
 images of its own. At the end each layer takes the candidate with the largest α.
 
-The layers are given as `Pair`s (backbones/base.py) and the loss as `loss_fn(out, batch)`, with what
-the network returned and the true images. `fit_budget` is ours: widths for a given total cost.
+To compare widths, a version of width n must have some n channels. Here these are the n of largest
+L1 norm, which costs nothing to find. It is only a stand-in: which channels really stay is decided
+afterwards, by the gradients of the loss (prune.py), and may well be others.
 
-Not here: which channels are kept (prune.py, to be read next).
+The layers are given as `Pair`s (backbones/base.py, to be read before this) and the loss as
+`loss_fn(out, batch)`, with what the network returned and the true images. `fit_budget` is ours:
+widths for a given total cost. Not here: which channels are kept. Read prune.py next.
 """
 import copy
 from collections.abc import Callable, Iterator
@@ -57,10 +60,14 @@ class Search:
 
         Σ_k p_k Σ_{rank(j) < n_k} W_j x_j  =  Σ_j m_j W_j x_j,   m_j = Σ_k p_k [rank(j) < n_k]
 
+    ([…] is 1 where it is true, else 0.) So m_j is the total chance of the widths that would keep
+    channel j; nothing is drawn at random.
+
     Descent on two levels, as in DARTS (arXiv 1806.09055). The first half T of the training images
     trains the weights w, the second half V the α's, which should be good for the w that training
-    would reach. One step of descent stands for that training (ξ: `rate` of w, ρ: its `decay`), and
-    the chain rule gives a second term, because w' depends on α through g:
+    would reach. One step of descent stands for that training (ξ: `rate` of w; ρ: `decay`, which
+    acts in this trial step only, as in the release), and the chain rule gives a second term,
+    because w' depends on α through g:
 
         w' = w − ξ·g,   g = ∇_w L(T; w, α) + ρ·w
         dL(V; w', α)/dα = ∇_α L(V; w', α) − ξ·∇²_{α,w} L(T; w, α)·v,   v = ∇_{w'} L(V; w', α)
@@ -75,9 +82,11 @@ class Search:
     """
     def __init__(self, model: nn.Module, loss_fn: Callable, ratio: float, extra=(),
                  rate: float = 1e-4, decay: float = 3e-4, clip: float = 5.0,
+                 alpha_rate: float = 3e-4, alpha_decay: float = 1e-3,
                  second_order: bool = True, multiple: int = 4):
         """model and the parameters in `extra` (the duals of loss_fn) are trained along and are of
-        no use afterwards: hand over copies. clip: largest norm of w's gradient.
+        no use afterwards: hand over copies. clip: largest norm of w's gradient. alpha_rate,
+        alpha_decay: of the Adam that trains the α's. (The defaults are the release's for DRN.)
         """
         model.eval()                         # every pass sees the same network
         self.model = model
@@ -92,31 +101,32 @@ class Search:
         device = self.weights[0].device
         self.alphas = []
         for _ in self.pairs:
-            alpha = 1e-3 * torch.randn(len(FRACTIONS))
+            alpha = 1e-3 * torch.randn(len(FRACTIONS))         # release: all equal but for noise
             self.alphas.append(alpha.to(device).requires_grad_())
-        self.alpha_optimiser = torch.optim.Adam(self.alphas, 3e-4, weight_decay=1e-3)
+        self.alpha_optimiser = torch.optim.Adam(self.alphas, alpha_rate, weight_decay=alpha_decay)
         self.optimiser = torch.optim.Adam(self.weights, rate)
         self.best = (float("inf"), [alpha.detach().clone() for alpha in self.alphas])
 
-    def factors(self, pair, alpha: Tensor, widths: list[int]) -> Tensor:
-        """(width,): the factor m_j of every channel, differentiable in α."""
+    def factors(self, pair, alpha: Tensor, options: list[int]) -> Tensor:
+        """(width,): the factor m_j of every channel, differentiable in α. options: the n_k."""
         order = importance(self.model, pair).argsort(descending=True, stable=True)
-        rank = order.argsort()                                             # (width,)
-        inside = rank[:, None] < torch.tensor(widths, device=rank.device)  # (width, 6)
+        rank = order.argsort()               # the inverse permutation: rank[j], place of j in order
+        inside = rank[:, None] < torch.tensor(options, device=rank.device)     # (width, 6)
         return inside.to(alpha.dtype) @ alpha.softmax(0)
 
     def scaled_weights(self) -> dict[str, Tensor]:
         """{name: consumer's weight, its inputs scaled by m}, differentiable in w and α."""
         result = {}
-        for pair, alpha, widths in zip(self.pairs, self.alphas, self.candidates):
-            m = self.factors(pair, alpha, widths)
+        for pair, alpha, options in zip(self.pairs, self.alphas, self.candidates):
+            m = self.factors(pair, alpha, options)
             for layer, columns in pair.consumers:
                 weight = self.model.get_submodule(layer).weight            # (out, in, ...)
                 of_column = m.repeat_interleave(columns.shape[1])          # in attention: all heads
                 scale = m.new_ones(weight.shape[1])
                 scale = scale.index_copy(0, columns.flatten().to(m.device), of_column)
-                shape = (1, -1) + (1,) * (weight.ndim - 2)
-                result[f"{layer}.weight"] = weight * scale.view(shape)
+                by_input = [1] * weight.ndim
+                by_input[1] = -1             # (1, in) or (1, in, 1, 1): a factor for every column
+                result[f"{layer}.weight"] = weight * scale.view(by_input)
         return result
 
     def loss(self, batch) -> Tensor:
@@ -142,14 +152,14 @@ class Search:
             with torch.no_grad():
                 torch._foreach_copy_(self.weights, kept)
 
-    def alpha_gradient(self, train, valid) -> tuple[Tensor, list[Tensor]]:
+    def alpha_gradient(self, batch_t, batch_v) -> tuple[Tensor, list[Tensor]]:
         """(loss on V at w', the gradient of each α by the formulas above)."""
-        # Pass 1: g, and the virtual step to w'.
-        _, gradients = self.gradient(train, self.weights)
+        # Pass 1: g, and the trial step to w'.
+        _, gradients = self.gradient(batch_t, self.weights)
         g = [d + self.decay * w.detach() for d, w in zip(gradients, self.weights)]
         # Pass 2, at w': the direct part of α's gradient, and v.
         with self.moved(g, -self.rate):
-            loss, gradients = self.gradient(valid, [*self.alphas, *self.weights])
+            loss, gradients = self.gradient(batch_v, [*self.alphas, *self.weights])
         direct = gradients[:len(self.alphas)]
         v = gradients[len(self.alphas):]
         if not self.second_order:
@@ -157,27 +167,28 @@ class Search:
         # Passes 3 and 4: α's gradient on both sides of w.
         epsilon = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
         with self.moved(v, epsilon):
-            _, plus = self.gradient(train, self.alphas)
+            _, plus = self.gradient(batch_t, self.alphas)
         with self.moved(v, -epsilon):
-            _, minus = self.gradient(train, self.alphas)
+            _, minus = self.gradient(batch_t, self.alphas)
         result = []
-        for d, p, m in zip(direct, plus, minus):
-            result.append(d - self.rate * (p - m) / (2 * epsilon))
+        for first, above, below in zip(direct, plus, minus):
+            second = (above - below) / (2 * epsilon)
+            result.append(first - self.rate * second)
         return loss, result
 
-    def step(self, train, valid) -> tuple[float, float]:
+    def step(self, batch_t, batch_v) -> tuple[float, float]:
         """One step of α and one of w, with a batch of T and one of V; returns the two losses."""
-        valid_loss, gradients = self.alpha_gradient(train, valid)
+        loss_v, gradients = self.alpha_gradient(batch_t, batch_v)
         for alpha, gradient in zip(self.alphas, gradients):
             alpha.grad = gradient
         self.alpha_optimiser.step()
         # Pass 5: the weights, with the new α.
-        train_loss, gradients = self.gradient(train, self.weights)
+        loss_t, gradients = self.gradient(batch_t, self.weights)
         for weight, gradient in zip(self.weights, gradients):
             weight.grad = gradient
         nn.utils.clip_grad_norm_(self.weights, self.clip)
         self.optimiser.step()
-        return train_loss.item(), valid_loss.item()
+        return loss_t.item(), loss_v.item()
 
     @torch.no_grad()
     def hold(self, held_out: list) -> float:
@@ -196,8 +207,8 @@ class Search:
         """
         scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()   # (pairs, 6)
         names = [pair.name for pair in self.pairs]
-        sizes = [[pair.heads * n for n in widths]
-                 for pair, widths in zip(self.pairs, self.candidates)]
+        sizes = [[pair.heads * n for n in options]
+                 for pair, options in zip(self.pairs, self.candidates)]
         picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
         return {name: options[k] for name, options, k in zip(names, sizes, picks)}
 
@@ -240,7 +251,10 @@ class Budget(NamedTuple):
 
 
 def budget_ratio(target: float) -> float:
-    """The pruning ratio whose candidates lie around a `target` (0..1) of the network's cost."""
+    """The pruning ratio whose candidates lie around a `target` (0..1) of the network's cost.
+
+    0.75 is the mean of FRACTIONS.
+    """
     return max(0.0, 1 - target / 0.75)
 
 
@@ -255,34 +269,34 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     smallest = {name: min(options) for name, options in zip(names, sizes)}
     largest = {name: max(options) for name, options in zip(names, sizes)}
     floor, ceiling = budget.cost(smallest), budget.cost(largest)
-    grid = budget.limit / bins
-    room = int((budget.limit - floor) / grid)                              # steps of the grid
+    grid = budget.limit / bins                                             # cost of one grid step
+    room = int((budget.limit - floor) / grid)        # how many the smallest network leaves to spend
     if room < 0 or ceiling < 0.99 * budget.limit:
         raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: the candidate widths "
                          f"give {floor:,} to {ceiling:,}; choose another --budget or --prune")
-    extra = []                                                             # (pairs, 6), grid steps
+    spent = []                               # (pairs, 6): grid steps above the smallest candidate
     for name, options in zip(tqdm(names, "budget", leave=False, delay=2), sizes):
-        low, high = min(options), max(options)
-        channel = (budget.cost({**smallest, name: high}) - floor) / max(1, high - low)
-        extra.append([int(np.ceil((n - low) * channel / grid)) for n in options])
+        least, most = min(options), max(options)
+        of_channel = (budget.cost({**smallest, name: most}) - floor) / max(1, most - least)
+        spent.append([int(np.ceil((n - least) * of_channel / grid)) for n in options])
     # best[c]: the largest score at exactly the cost c, of the pairs so far; picks: how to reach it.
     best = np.full(room + 1, -np.inf)
     best[0] = 0.0
     picks = []
-    for row, steps in zip(scores, extra):
+    for row, steps in zip(scores, spent):
         options = np.full((len(steps), room + 1), -np.inf)
         for k, step in enumerate(steps):
             if step <= room:
                 options[k, step:] = row[k] + best[:room + 1 - step]
         picks.append(options.argmax(0))
         best = options.max(0)
-    lowest = max(0, room - bins // 100)
+    lowest = max(0, room - bins // 100)      # bins // 100 grid steps are 1 % of the limit
     at = lowest + int(best[lowest:].argmax())
     if not np.isfinite(best[at]):
         raise ValueError(f"no choice of the candidate widths comes within 1 % of the budget of "
                          f"{budget.limit:,.0f}: choose another --budget or --prune")
     chosen = []
-    for pick, steps in zip(reversed(picks), reversed(extra)):              # back along the picks
+    for pick, steps in zip(reversed(picks), reversed(spent)):              # back along the picks
         chosen.append(int(pick[at]))
         at -= steps[chosen[-1]]
     return chosen[::-1]

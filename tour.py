@@ -1,14 +1,11 @@
 """Dual regression compression (DRC, arXiv 2207.07929) in one minute: read and run this file first.
 
-    python tour.py
-
-    33.20 dB  tuned
-    33.31 dB  dense, trained on as long
-
-Seconds stand for the paper's days: this shows how the method works, not how well. Next: dual.py.
+`python tour.py` trains a small network, compresses it, shows every step, and draws tour.png.
+Seconds stand for the paper's days: it shows how the method works, not how well. Next: dual.py.
 """
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +19,7 @@ import prune
 import report
 import train
 from backbones.base import SR, Backbone, Upsample, conv, plain_pair
+from settings import PRESETS
 
 
 # ---- an own backbone: all that the project must know of a network (backbones/base.py) -----------
@@ -33,6 +31,7 @@ class Block(nn.Sequential):
 class EDSR(Backbone):
     """Lim et al. 2017 (arXiv 1707.02921), here added to bicubic: that needs less training."""
     rgb_range = 255.0                           # it computes, and has its losses, in 0..255
+    float32 = ("tail",)                         # in bfloat16 all but the layers that form the image
 
     def __init__(self, arch, scale, feats, blocks, widths=None):
         super().__init__(dict(arch=arch, scale=scale, feats=feats, blocks=blocks), widths)
@@ -44,8 +43,9 @@ class EDSR(Backbone):
         self.dual_spec = ((scale, 1, 16),)      # one dual, from ×2 down to ×1, 16 channels wide
 
     def forward(self, low):                     # (N, 3, H, W) in 0..1 -> (N, 3, 2H, 2W)
-        x = self.head(255 * low)
-        return SR({self.scale: self.bicubic(low) + self.tail(x + self.body(x)) / 255})
+        x = self.head((255 * low).to(self.head.weight.dtype))
+        x = self.tail((x + self.body(x)).to(self.tail[1].weight.dtype))
+        return SR({self.scale: self.bicubic(low) + x / 255})
 
     @classmethod
     def hidden_widths(cls, arch, scale, feats, blocks):
@@ -56,18 +56,18 @@ class EDSR(Backbone):
                 for b, (name, width) in enumerate(self.widths.items())]
 
 
-# Two entries make it known: its sizes, and its settings (see train.Settings). All six stages then:
-# python -c "import tour, train; train.main()" --arch edsr --scale 2 --preset quick --prune 0.4
+# Two entries make it known: its sizes, and its settings. (In models.py and settings.py all commands
+# find them. From here: python -c "import tour, train; train.main()" --arch edsr --scale 2 ...)
 models.PRESETS["edsr"] = (EDSR, {2: dict(feats=16, blocks=4)})
-train.PRESETS["edsr", "quick"] = S = replace(
-    train.PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3,
-    search_steps=12, search_rate=1e-4, select_rate=5e-5, tune_steps=120, tune_rate=5e-4)
+PRESETS["edsr", "quick"] = S = replace(
+    PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3, search_steps=12,
+    search_rate=1e-4, alpha_rate=0.1, select_rate=5e-5, tune_steps=120, tune_rate=5e-4)
 
 
-def fit(model, duals, pictures, loss_fn, steps, rate):
+def fit(model, duals, batches, loss_fn, steps, rate):
     """Minimises loss_fn(output, batch) by Adam. (The real one, which can be stopped: train.fit.)"""
     optimiser = torch.optim.Adam([*model.parameters(), *duals.parameters()], rate)
-    for k, batch in zip(range(steps), data.batches(pictures, S.patch, S.batch, S.seed)):
+    for k, batch in zip(range(steps), batches):
         optimiser.param_groups[0]["lr"] = train.scheduled(S, rate, k, steps)
         optimiser.zero_grad()
         loss_fn(model(batch.images[1]), batch).backward()
@@ -81,6 +81,7 @@ right? A network P learns x -> y; a small network D, the dual, learns the way ba
 |P(x) - y| + λ |D(P(x)) - x|: of two answers as close to y, the one that comes back to x wins. They
 train on "dead leaves", pictures drawn from a seed: first without the dual (λ = 0), then 0.1.""")
     pictures = data.generate(S.pictures, S.side, (1, 2), S.seed)
+    batches = partial(data.batches, pictures, S.patch, S.batch, S.seed)
     photograph = data.photographs((1, 2))[:1]
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, 2), photograph)}
     for name, weight in ("without dual", 0), ("dense", 0.1):
@@ -88,33 +89,34 @@ train on "dead leaves", pictures drawn from a seed: first without the dual (λ =
         model = models.build("edsr", 2)
         duals = dual.make_duals(model)
         loss_fn = train.native_loss(replace(S, dual_weight=weight), model, duals)
-        fit(model, duals, pictures, loss_fn, S.steps, S.rate)
+        fit(model, duals, batches(), loss_fn, S.steps, S.rate)
         rows[name] = evaluate.evaluate(model, photograph)
     print("""
 2 SEARCH (Section 4.1; search.py): how many channels each layer keeps. It may get one of six widths,
-with the chances softmax(α); so its strongest channels stay for sure, and channel j with a chance
-m_j. While the search runs, channel j is multiplied by m_j, and each step moves α to where the loss
-is lower: by about 0.1, the rate of Adam here. At the real 3e-4, 12 steps would show nothing.""")
-    searcher = prune.Search(copy.deepcopy(model), loss_fn, ratio=0.4, multiple=1)
-    searcher.alpha_optimiser.param_groups[0]["lr"] = 0.1
+with the chances softmax(α). A width n means the n channels of largest L1 norm, so channel j is
+multiplied by m_j, the total chance of the widths that would keep it. A step moves α to where the
+loss is lower: by about 0.1, the rate of Adam here. At the real 3e-4, 12 steps show nothing.""")
+    searcher = prune.Search(copy.deepcopy(model), loss_fn, ratio=0.4, rate=S.search_rate,
+                            alpha_rate=S.alpha_rate, multiple=1)
     block0 = searcher.pairs[0], searcher.alphas[0], searcher.candidates[0]
     before = [round(m, 2) for m in searcher.factors(*block0).tolist()]
-    stream = data.batches(pictures, S.patch, S.batch, S.seed)
+    stream = batches()
     for _ in range(S.search_steps):
-        searcher.step(next(stream), next(stream))
-    searcher.hold([next(stream)])
+        searcher.step(next(stream), next(stream))      # for w, for α: train.py has other pictures
+    searcher.hold([next(stream)])                      # remembers these α's: widths() reads them
     after = [round(m, 2) for m in searcher.factors(*block0).tolist()]
     print(f"Block 0 has 16 channels and may keep one of {block0[2]}. Its m_j before:\n{before}\n"
           f"after {S.search_steps} steps:\n{after}\nThe likeliest widths: {searcher.widths()}")
     print("""
-3 SELECT (Section 4.2; prune.py): which channels. The weight that takes them in becomes zero. Round
-by round, the channel with the largest gradient gets its weights back, and all that are back are
-tuned. Channels of block 0 in that order, and the loss before each (L_DR + distance to dense):""")
+3 SELECT (Section 4.2; prune.py): which channels, and not by their norms. The weight that takes them
+in, body.b.2, is set to zero. Round by round, the channel whose gradient there is largest gets its
+weights back, and all that are back are tuned. In block 0 (loss: L_DR + distance to dense):""")
     rounds = []
     selected = copy.deepcopy(model)
     kept = prune.select(selected, [next(stream), next(stream)], loss_fn, searcher.widths(),
-                        rate=S.select_rate, on_pair=lambda *facts: rounds.append(facts))
-    print(kept["block0"], [round(loss) for loss in rounds[0][2]])
+                        rate=S.select_rate, on_pair=lambda _, __, of_pair: rounds.append(of_pair))
+    for channel, (loss, [score]) in zip(kept["block0"], rounds[0]):
+        print(f"loss {loss:6.1f}, largest gradient {score:7.1f}: channel {channel}")
     print("""
 4 CUT (prune.py): the others go, rows of the layer that makes them, columns of the one that takes
 them in; what the network computes stays the same. The two layers of block 0, and the whole:""")
@@ -123,15 +125,13 @@ them in; what the network computes stays the same. The two layers of block 0, an
         print(name, model.get_parameter(name).shape, "->", smaller.get_parameter(name).shape)
     print(evaluate.count(model, 96, 96), "->", evaluate.count(smaller, 96, 96))
     rows["cut"] = evaluate.evaluate(smaller, photograph)
-    print("""
-5 TUNE (Section 4.3; dual.distillation): L_DR plus the distance to the dense network's output.""")
+    print("\n5 TUNE (Section 4.3; dual.distillation): L_DR plus the distance to the dense output.")
     with dual.distillation(smaller, model) as distance:
-        fit(smaller, duals, pictures, lambda out, batch: loss_fn(out, batch)
+        fit(smaller, duals, batches(), lambda out, batch: loss_fn(out, batch)
             + distance(batch.images[1], out), S.tune_steps, S.tune_rate)
     rows["tuned"] = evaluate.evaluate(smaller, photograph)
     figure = Figure((14, 7), layout="constrained")
-    axes = figure.subplot_mosaic([["m", "dense", "selected", "cut"], ["crops"] * 4],
-                                 width_ratios=(16, 16, 16, 9))
+    axes = figure.subplot_mosaic([["m", "dense", "selected", "cut"], ["crops"] * 4])
     axes["m"].set(title="m_j: grey before, blue after the search", xticks=range(16))
     axes["m"].bar(range(16), before, color="lightgrey")
     axes["m"].bar(range(16), after, 0.4)
@@ -142,7 +142,7 @@ them in; what the network computes stays the same. The two layers of block 0, an
     axes["crops"].imshow(report.comparison(rows, photograph, scale=2))
     axes["crops"].axis("off")
     figure.savefig("tour.png", dpi=150)
-    fit(model, duals, pictures, loss_fn, S.tune_steps, S.tune_rate)
+    fit(model, duals, batches(), loss_fn, S.tune_steps, S.tune_rate)
     rows["dense, trained on as long"] = evaluate.evaluate(model, photograph)
     print("""
 6 RESULT (PSNR-Y of a photograph; evaluate.py). The dual's gain does not show: it is below the 0.5

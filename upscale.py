@@ -127,7 +127,7 @@ def estimate_kernel(model: nn.Module, low: np.ndarray) -> np.ndarray | None:
     tile of sky does not show it: the kernel is estimated once, from the whole picture, or from its
     centre where it has more than AUTO_PIXELS pixels, which bounds the memory.
     """
-    if not hasattr(model, "estimate"):
+    if not getattr(model, "kernel_size", 0):
         return None
     height, width = low.shape[:2]
     if height * width > AUTO_PIXELS:
@@ -315,7 +315,7 @@ def main() -> None:
     if args.weights:
         model = models.load(args.weights, args.arch, args.scale, args.channels)
         scale = model.scale
-    if args.kernel and not hasattr(model, "estimate"):
+    if args.kernel and not getattr(model, "kernel_size", 0):
         raise ValueError(f"--kernel {args.kernel}: only a blind network (dcls) estimates a kernel, "
                          f"leave it out")
     jobs = plan(args.input, args.output, scale, args.force)

@@ -3,22 +3,9 @@
 A backbone is a super-resolution network. The rest of the project (dual.py, prune.py, train.py,
 upscale.py, evaluate.py) knows it only through the class `Backbone` below: it maps a low-resolution
 image to an `SR`, and it names its `Pair`s, the hidden widths that may be pruned. `tour.py` writes
-one in about 30 lines; start there, then read drn.py.
+one in about 30 lines. The docstring of `Backbone` lists the traps.
 
-Traps, each of which cost somebody an afternoon:
-
-- The order of `pairs()` is the order in which selection works. It must be the order in which the
-  forward pass reaches the pairs, and `hidden_widths` must list the same names in the same order.
-- Images are in 0..1 outside every backbone. `rgb_range` says in which range the network computes
-  (255 for DRN). Losses are multiplied by it, so learning rates belong to it: rates tuned for 255
-  are wrong for 1.
-- In bfloat16 the layers named in `float32` keep their precision. Where data enters such a layer or
-  leaves it, the forward pass casts with `.to(layer.weight.dtype)`.
-- `fold` is for layers without anything nonlinear in between; a backbone that has none leaves it.
-- `feature` is for distillation by features, where student and teacher may differ in width; a
-  backbone without it is distilled by its output image.
-
-Not here: losses, pruning, files, devices.
+Not here: losses, pruning, files, devices. Read search.py next.
 """
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -60,7 +47,7 @@ class Pair(NamedTuple):
     width: int                                 # channels to choose among; in attention, per head
     producers: tuple[tuple[str, Tensor], ...]  # (module name, rows (width, r) of weight and bias)
     consumers: tuple[tuple[str, Tensor], ...]  # (module name, columns (width, c) of its weight)
-    heads: int = 1                             # a channel counts this often in `Backbone.widths`
+    heads: int = 1                             # `Backbone.widths` counts a channel once per head
     norm: str = ""                             # a LayerNorm over the channels, between the two
 
 
@@ -77,12 +64,29 @@ class Backbone(nn.Module, ABC):
     A subclass passes its sizes as `config` to this constructor, builds its layers with the hidden
     widths in `self.widths`, and defines `forward`, `pairs` and `hidden_widths`. Its state dict has
     the names of the official release, so that released checkpoints load.
+
+    Traps, each of which cost somebody an afternoon:
+
+    - Selection replays finished blocks (see prune.py). So every `Pair.block` must be a module that
+      `forward` calls, once in a pass. The members of an nn.Sequential must be run one after another
+      and read by nobody but their successor. (A dense block, which reads all its earlier outputs,
+      belongs in an nn.ModuleList.)
+    - The order of `pairs()` is the order in which selection works. It must be the order in which
+      the forward pass reaches the pairs, those of a block side by side, and `hidden_widths` must
+      list the same names in the same order.
+    - Images are in 0..1 outside every backbone. `rgb_range` says in which range the network
+      computes (255 for DRN). Losses are multiplied by it, so learning rates belong to it: rates
+      tuned for 255 are wrong for 1.
+    - In bfloat16 all weights are bfloat16 but those of the layers named in `float32`, and the
+      input stays float32. Where data enters the first layer, or a layer named there, the forward
+      pass casts with `.to(layer.weight.dtype)`.
     """
     rgb_range = 1.0                  # range of the network's own numbers, and so of its losses
     madds_count_bias = False         # whether the paper's MAdds count an addition for each bias
     float32: tuple[str, ...] = ()    # submodules that stay float32 when the rest is bfloat16
     kernel_size = 0                  # side of the blur kernel it estimates; 0: it is not blind
-    feature = ""                     # module whose input distillation compares; "": the images
+    feature = ""                     # module whose input distillation compares (student and teacher
+    #                                  may differ in width); "": it compares the images
     # The duals of this backbone, (from scale, to scale, hidden channels) each. Their width is the
     # release's: F for DRN, 16 for the others.
     dual_spec: tuple[tuple[int, int, int], ...] = ()
@@ -102,6 +106,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, low: Tensor) -> SR:
         """low: (N, 3, H, W) in 0..1, any H, W >= 1 -> the images at the scales it predicts."""
+
+    def estimate(self, low: Tensor) -> Tensor:
+        """The blur kernel (N, 1, k, k) of low, k = `kernel_size`; blind backbones define it.
+
+        Their forward is forward(low, kernel=None): a kernel that is given replaces the estimate, so
+        that all tiles of a picture can share one.
+        """
+        raise NotImplementedError(f"{self.arch} is not blind: it estimates no blur kernel")
 
     @classmethod
     @abstractmethod
@@ -132,7 +144,8 @@ class Backbone(nn.Module, ABC):
     def fold(self) -> None:
         """Merges neighbouring linear layers for inference, in place; the output stays the same.
 
-        `models.inference` calls it on a copy. (A backbone without such layers leaves it out.)
+        `models.inference` calls it on a copy. A backbone overrides it if it has layers in a row
+        with nothing nonlinear in between, such as two convolutions.
         """
 
     def set_drop_path(self, rate: float) -> None:
@@ -172,7 +185,9 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, bias: bool =
 
 
 class ChannelAttention(nn.Module):
-    """A factor between 0 and 1 for every channel, from the mean of all channels (RCAN, 2018)."""
+    """A factor between 0 and 1 for every channel, computed from the means of the channels over the
+    image (RCAN, arXiv 1807.02758).
+    """
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         reduced = channels // reduction

@@ -11,8 +11,9 @@ Beside either runs a depthwise convolution of v, and each of the two branches ga
 ("adaptive interaction"). The MLP ("spatial-gate feed-forward network", SGFN) halves its hidden
 channels into x1 and x2, and x2, normalised and convolved, multiplies x1.
 
-Prunable: the hidden width of every SGFN. The paper of DRC stops at dual regression for DAT; the
-pairs are ours.
+Prunable: the hidden width of every SGFN. Attention stays whole: its channels go not only to proj
+but also through the convolution and into both gates. The paper of DRC stops at dual regression for
+DAT; the pairs are ours.
 """
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,8 @@ class HalfOfHeads(nn.Module):
 
 class AdaptiveAttention(nn.Module):
     """What both attentions share: qkv, the convolution of v, the two gates, proj."""
-    # Whether attention makes the factors of the convolution's channels, or the other way round.
-    gates_channels = False
+    # whether attention is the `a` of `interact` and the convolution its `b`, or the other way round
+    attention_is_a = False
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -90,12 +91,12 @@ class AdaptiveAttention(nn.Module):
         v = qkv[..., 2 * x.shape[3]:]
         convolved = self.dwconv(to_map(v))                                 # (N, C, H, W)
         attended = to_map(self.attend(qkv))                                # (N, C, H, W)
-        if self.gates_channels:
+        if self.attention_is_a:
             return self.interact(attended, convolved)
         return self.interact(convolved, attended)
 
     def interact(self, a: Tensor, b: Tensor) -> Tensor:
-        """Branch a makes a factor for every channel of b, b one for every place of a.
+        """proj(b · of_channel(a) + a · of_place(b)): a gates the channels of b, b the pixels of a.
 
         Maps (N, C, H, W) -> tokens (N, H, W, C).
         """
@@ -111,7 +112,7 @@ class AdaptiveSpatialAttention(AdaptiveAttention):
         h, w = WINDOW
         self.shift = (h // 2, w // 2) if shifted else (0, 0)
         self.scale = (dim // heads) ** -0.5
-        bias_dim = dim // 2 // 4 // 4
+        bias_dim = dim // 2 // 4 // 4        # width of the small network, as in the release
         self.attns = nn.ModuleList(
             HalfOfHeads(bias_dim, heads // 2, window) for window in ((h, w), (w, h)))
 
@@ -125,7 +126,7 @@ class AdaptiveSpatialAttention(AdaptiveAttention):
 
 class AdaptiveChannelAttention(AdaptiveAttention):
     """Attention among the channels of a head."""
-    gates_channels = True
+    attention_is_a = True
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
@@ -215,7 +216,7 @@ class DAT(Transformer):
         config = dict(arch=arch, scale=scale, dim=dim, groups=groups, blocks=blocks, heads=heads,
                       expansion=expansion, direct=direct)
         super().__init__(config, widths, dim, direct)
-        self.before_RG = nn.Sequential(nn.Identity(), nn.LayerNorm(dim))
+        self.before_RG = nn.Sequential(nn.Identity(), nn.LayerNorm(dim))   # the release's name
         self.layers = nn.Sequential()
         last = max(1, groups * blocks - 1)
         for g in range(groups):
@@ -280,7 +281,7 @@ class DAT(Transformer):
 
     def forward(self, low: Tensor) -> SR:
         height, width = low.shape[2:]
-        first = self.first_features(low)
+        first = self.first_features(low)     # not padded: window_attention pads with zeros
         x = self.layers(self.before_RG(to_tokens(first)))
         return self.to_image(x, first, height, width)
 

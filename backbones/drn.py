@@ -13,11 +13,12 @@ size. At ×4, with F features and B residual blocks (RCABs) per up block:
                                                             | = scale 2            |
                                                             '-> B RCABs, up 1 (F) -(++)-> tail 2
                                                                                    = scale 4
-Prunable: the width inside every down block, inside every RCAB, and before every last 1×1.
-Read prune.py before this file, or swinir.py after it.
+    (++): concatenates channels.   up: conv 3×3, PixelShuffle(2), conv 1×1
+
+Prunable: the width inside every down block, inside every RCAB, and between the 3×3 and the 1×1 of
+every up. Read train.py next; the next backbone is swinir.py.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.base import (
@@ -86,6 +87,7 @@ class DRN(Backbone):
         super().__init__(dict(arch=arch, scale=scale, feats=feats, blocks=blocks), widths)
         levels = halvings(scale)
         up_sizes = self.up_sizes(scale, feats)
+        self.enlarge = nn.Upsample(scale_factor=scale, mode="bicubic")
         self.sub_mean = MeanShift(-1)
         self.head = conv(3, feats)
         self.down = nn.ModuleList()
@@ -158,8 +160,8 @@ class DRN(Backbone):
         return Pair(name, block, width, (producer,), (consumer,))
 
     def forward(self, low: Tensor) -> SR:
-        x = F.interpolate(255 * low, scale_factor=self.scale, mode="bicubic", align_corners=False)
-        x = self.head(self.sub_mean(x).to(self.head.weight.dtype))
+        x = self.sub_mean(self.enlarge(255 * low))
+        x = self.head(x.to(self.head.weight.dtype))
         copies = []
         for down in self.down:
             copies.append(x)
@@ -178,7 +180,7 @@ class DRN(Backbone):
     @torch.no_grad()
     def start_from_interpolation(self) -> None:
         """The head passes the bicubic enlargement on in its first three channels; the last tail
-        finds them in the copy and picks them, while everything else counts a tenth. (Ours.)
+        finds them in the copy and picks them; all its other weights are divided by 10. (Ours.)
         """
         tail = self.tail[-1]
         copied = self.config["feats"]        # where the copy of the head's output begins

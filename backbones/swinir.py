@@ -1,8 +1,11 @@
 """SwinIR (Liang et al., ICCVW 2021, arXiv 2108.10257, Fig. 2): attention within small windows.
 
-    low -pad, −mean-> conv_first -> patch_embed -> groups (RSTBs) -> norm -> conv_after_body -(+)-.
-                           '-------------------------------------------------------------------'  |
-                                                        image <- +mean, crop <- upsampler <-------'
+    low -pad, −mean-> conv_first -+-> patch_embed -> groups (RSTBs) -> norm -> conv_after_body -(+)
+                                  |                                                              |
+                                  '--------------------------------------------------------------+
+                                                                                                 |
+                                                       image <- +mean, crop <- upsampler <-------'
+    patch_embed: only a LayerNorm (the name is the release's)
     group:  6 Swin blocks -> conv 3×3, + input
     block:  x + attention(norm1 x), then x + mlp(norm2 x);  every other block has shifted windows
 
@@ -10,7 +13,7 @@
 (N, C, H, W) for convolutions and tokens (N, H, W, C) for attention, linear layers and norms; going
 from one to the other is a permutation that copies nothing.
 
-Prunable: in every block, what attention hands to `proj` (the same places in every head), and the
+Prunable: in every block, what attention hands to `proj` (the same indices in every head), and the
 hidden width of the MLP. The window attention itself is in kernels/attention.py.
 """
 from collections import OrderedDict
@@ -202,10 +205,6 @@ class SwinIR(Transformer):
             widths: dict[str, int] | list[int] | None = None):
         config = dict(arch=arch, scale=scale, dim=dim, depths=depths, heads=heads, direct=direct)
         super().__init__(config, widths, dim, direct)
-        for name, n in self.widths.items():
-            if name.endswith("attn") and n % heads:
-                raise ValueError(f"{name} keeps {n} channels, its {heads} heads must keep the same "
-                                 f"number each: give a multiple of {heads}")
         self.patch_embed = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim)))
         self.layers = nn.Sequential()
         last = max(1, sum(depths) - 1)
@@ -214,10 +213,14 @@ class SwinIR(Transformer):
             for b in range(depth):
                 name = f"group{g}.block{b}"
                 shift = WINDOW // 2 if b % 2 else 0
+                n = self.widths[f"{name}.attn"]
+                if n % heads:
+                    raise ValueError(f"{name}.attn keeps {n} channels, its {heads} heads must keep "
+                                     f"the same number each: give a multiple of {heads}")
                 blocks.append(SwinBlock(
                     dim,
                     heads,
-                    self.widths[f"{name}.attn"],
+                    n,
                     self.widths[f"{name}.mlp"],
                     shift,
                     (sum(depths[:g]) + b) / last))
@@ -246,7 +249,7 @@ class SwinIR(Transformer):
         return result
 
     def attention_pair(self, name: str, block: str) -> Pair:
-        """Place j of every head: its rows of q, of k and of v; its input columns of proj."""
+        """Index j of every head: its rows of q, of k and of v; its input columns of proj."""
         heads = self.config["heads"]
         width = self.widths[name]                                          # of all heads together
         columns = torch.arange(width).view(heads, -1).t()                  # (head width, heads)

@@ -24,9 +24,9 @@ import dual
 import evaluate
 import models
 import prune
-import train
 from backbones.drn import DRN
 from run import command
+from settings import PRESETS
 
 FEATURES = 8
 RATIO = 0.3
@@ -74,7 +74,7 @@ def ways() -> dict[str, dict | None]:
         "b replaying finished blocks": {},
     }
     for preset in ("default", "quick"):
-        settings = train.PRESETS["drn", preset]
+        settings = PRESETS["drn", preset]
         options = dict(per_round=settings.per_round, reuse=settings.reuse)
         result[f"c preset {preset}: {settings.per_round} a round, reuse"] = options
     result["d L1 norm, no selection"] = None
@@ -119,7 +119,7 @@ def main() -> None:
         if options is None:
             kept = by_l1_norm(model, widths)
         else:
-            rate = train.PRESETS["drn", "paper"].select_rate
+            rate = PRESETS["drn", "paper"].select_rate
             kept = prune.select(masked, calibration, loss_fn, widths, rate=rate, **options)
         seconds = time.perf_counter() - start
         reference = reference or kept

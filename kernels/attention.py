@@ -3,7 +3,7 @@
 Swin Transformer, arXiv 2103.14030, Section 3.2. The map of tokens is cut into windows. Within each
 window and for each head, with n tokens in a window and d channels in a head:
 
-    S = scale · q kᵀ + bias − 100 · [regions differ]             (n, n)
+    S = scale · q kᵀ + bias − 100 · [regions differ]             (n, n); […]: 1 if true, else 0
     out = softmax(S) v                                           (n, d), softmax along the keys
 
 The bias depends only on where the key lies as seen from the query. It is read from a table with one
@@ -97,7 +97,7 @@ def padding(size: Size, window: Size, crossed: bool) -> Size:
 @lru_cache
 def offsets(h: int, w: int, device: torch.device) -> Tensor:
     """(n, n) entry of the bias table for every query and key of a window of h×w = n tokens."""
-    # Made outside of inference mode, whoever asks first: training uses the same tensor.
+    # The cached tensor must serve training too, even if inference is the first to ask for it.
     with torch.inference_mode(False):
         place = torch.arange(h * w, device=device)
         y = place // w
@@ -146,7 +146,9 @@ def reference(
 def regions_differ(rows: int, columns: int, h: int, w: int, dy: int, dx: int) -> Tensor:
     """(windows of a map, n, n), true where two tokens of a window are no neighbours in the picture.
 
-    The regions of the rolled map are numbered as in Swin: three bands of rows, three of columns.
+    The regions of the rolled map are numbered as in Swin. Three bands of rows: 0 above the last row
+    of windows, 1 in it, 2 in those of its rows that were rolled there from the top. Three bands of
+    columns likewise, times 3.
     """
     region = torch.zeros(rows * h, columns * w)
     region[-h:] += 1
@@ -236,7 +238,8 @@ def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
     x = x.reshape(B * rows * columns, h * w, 3, len(bias), width // len(bias))
     q, k, v = x.permute(2, 0, 3, 1, 4)                                # (windows, heads, n, d) each
     if bias.requires_grad or x.is_meta:
-        # The fused operation below gives no gradient of the bias.
+        # The fused operation below gives no gradient of the bias, and on the meta device, where
+        # MAdds are counted, its products would be counted otherwise.
         x = ((q * scale) @ k.transpose(2, 3) + bias).softmax(-1) @ v
     else:
         x = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)

@@ -237,20 +237,21 @@ class Tiles(NamedTuple):
         return 65536 // (self.registers * 32 * self.warps)
 
 
-# All sizes below were chosen with the compiler alone, for Hopper: no register may spill to memory,
-# and then as many programs at once as possible, so that some compute while others wait for memory.
+# All sizes below were chosen with the compiler alone, for Hopper: no register spills to memory, and
+# then as many programs at once as possible, so that some compute while others wait for memory.
+# `registers` is the most over all head widths and window shapes.
 
 # 64×64 scores on 4 warps: each warp owns 16 whole rows, so row_max and row_sum need no exchange
-# between warps, and 32 scores a thread, besides 32 numbers of the bias. In full float32 that
-# spills; 8 warps do not. Two stages: the loads of the next window run during this one.
+# between warps, and 32 scores a thread, besides 32 numbers of the bias. In float32, of either kind,
+# that would spill: 8 warps. Two stages: the loads of the next window run during this one.
 FORWARD_64 = {
     "bf16": Tiles({}, warps=4, stages=2, registers=168),
     "tf32": Tiles({}, warps=8, stages=2, registers=128),
     "ieee": Tiles({}, warps=8, stages=2, registers=128),
 }
 
-# 64 queries and 32 keys: 116 registers for a window of 8×32, so 4 programs at once. 64 keys take
-# 178 registers (2 programs), 128 queries and 64 keys spill.
+# 64 queries and 32 keys, in bfloat16: 116 registers for a window of 8×32 (4 programs at once), 136
+# for one of 32×8 (3). 64 keys take 178 registers (2 programs), 128 queries and 64 keys spill.
 FORWARD_256 = {
     "bf16": Tiles(dict(BLOCK_M=64, BLOCK_N=32), warps=4, stages=1, registers=136),
     "tf32": Tiles(dict(BLOCK_M=64, BLOCK_N=32), warps=4, stages=1, registers=152),
@@ -324,13 +325,14 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def exact(x: Tensor) -> Tensor:
-    """Triton's interpreter multiplies bfloat16 matrices wrongly: float32 there."""
+def computable(x: Tensor) -> Tensor:
+    """x itself; under Triton's interpreter, which multiplies bfloat16 wrongly, x in float32."""
     return x.float() if INTERPRETED else x
 
 
 def programs_for(windows: int, others: int, tiles: Tiles, device: torch.device) -> int:
-    """How many programs share the windows, for each of `others` heads (times tiles of scores).
+    """How many programs share the windows; there are `others` such groups (a head, or a head and a
+    tile of scores, each).
 
     As many as the GPU runs at once: more would only load the bias, or add up its gradient, more
     often. Interpreted, few, so that each takes several windows.
@@ -338,7 +340,7 @@ def programs_for(windows: int, others: int, tiles: Tiles, device: torch.device) 
     processors = 2
     if not INTERPRETED:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(windows, -(-processors * tiles.resident // others))
+    return min(windows, triton.cdiv(processors * tiles.resident, others))
 
 
 def laid_out(table: Tensor, tokens: int) -> Tensor:
@@ -365,7 +367,7 @@ def forward(
     parts = parts_of((B, H, W), heads, window, shift, crossed)
     saved = parts[0].windows * parts[0].heads * tokens if save else 0
     lse = qkv.new_empty(len(parts), saved, dtype=torch.float32)
-    work = exact(qkv).contiguous()
+    work = computable(qkv).contiguous()
     out = work.new_empty(B, H, W, width // 3)
     if out.numel() == 0:
         return out.to(qkv.dtype), lse

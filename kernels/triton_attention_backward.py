@@ -16,7 +16,8 @@ The gradient of a table entry is the sum of dbias over the pairs (query, key) th
 4. `dtable_kernel`. From dbias (n, n) to the table.
 
 A sum over windows is split among programs; each writes its own (dbias_sums), and PyTorch adds them
-up in a fixed order. Nothing is added atomically: the same input gives the same bits.
+up in a fixed order. Nothing is added atomically: on one kind of GPU the same input gives the same
+bits. (How many programs share a sum depends on the number of its multiprocessors.)
 """
 import torch
 import triton
@@ -30,7 +31,7 @@ from kernels.triton_attention import (
     arithmetic,
     at_edge,
     bias_tile,
-    exact,
+    computable,
     exp_minus,
     laid_out,
     load_head,
@@ -44,7 +45,7 @@ from kernels.triton_attention import (
 
 # ---- 1. windows of 64 tokens: one tile ----------------------------------------------------------
 # For a window and head of d = 30 in bfloat16: 27 KB read and written, 1.2 MFLOP in five products,
-# 4,096 exponentials. P, dP, dS, bias and dbias are 4,096 numbers each: 240 registers a thread.
+# 4,096 exponentials. P, dP, dS, bias and dbias are 4,096 numbers each, 32 a thread.
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_64_kernel(
         qkv,                         # (B, H, W, 3·CHANNELS): q, k, v, in each head after head
@@ -69,8 +70,8 @@ def backward_64_kernel(
         PRECISION: tl.constexpr):
     """A program takes one head and goes from window to window, as in the forward pass.
 
-    The mask is applied without asking whether the window is at an edge: to ask takes registers that
-    are not there.
+    The mask is applied in every window, where regions are all equal it changes nothing: asking
+    whether a window is at an edge would cost registers, and they would spill.
     """
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
     head = FIRST_HEAD + tl.program_id(0) % HEADS
@@ -261,26 +262,28 @@ def dtable_kernel(
 
 
 # ---- tile sizes ---------------------------------------------------------------------------------
-# Chosen as in triton_attention.py: no spilled register, then as many programs at once as possible.
+# Chosen as in triton_attention.py: no spilled register (with one exception, named below), then as
+# many programs at once as possible. `registers` is the most over head widths and window shapes.
 
-# P, dP (then dS), the bias and dbias are 32 numbers a thread each on 4 warps: 240 registers in
-# bfloat16. float32 spills there: TensorFloat-32 needs 8 warps, full float32 needs 16.
+# P, dP (then dS), the bias and dbias are 32 numbers a thread each on 4 warps: up to 248 registers
+# in bfloat16. float32 spills there: TensorFloat-32 needs 8 warps, full float32 needs 16.
 BACKWARD_64 = {
     "bf16": Tiles({}, warps=4, stages=2, registers=248),
     "tf32": Tiles({}, warps=8, stages=1, registers=255),
     "ieee": Tiles({}, warps=16, stages=1, registers=96),
 }
 
-# 256 queries and 16 keys on 16 warps: 8 scores a thread. 32 keys spill. So does, for all that, full
-# float32 with windows of 32×8, but only 40 bytes a thread.
+# 256 queries and 16 keys on 16 warps: 8 scores a thread. 32 keys spill. The exception: in full
+# float32, windows of 32×8 spill 40 bytes a thread even so.
 BACKWARD_256 = {
     "bf16": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=104),
     "tf32": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=104),
     "ieee": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=128),
 }
 
-# The scores, the bias and dbias are 64×64 numbers each. With twice the warps for TensorFloat-32,
-# and four times as many in full float32, 16 warps run at once; with 4 warps a program, 12 and 8.
+# The scores, the bias and dbias are 64×64 numbers each. More warps a program mean fewer registers a
+# thread, and so more warps at once on a multiprocessor: in TensorFloat-32 8 warps give 2 programs,
+# 16 warps, where 4 would give 12; in full float32 16 give 16, where 4 would give 8.
 DBIAS_256 = {
     "bf16": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=4, stages=1, registers=168),
     "tf32": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=8, stages=1, registers=128),
@@ -303,9 +306,9 @@ def backward(
     tokens = window[0] * window[1]
     numbers = arithmetic(qkv.dtype)
     table = laid_out(bias_table, tokens)
-    work = exact(qkv).contiguous()
-    out = exact(out).contiguous()
-    dout = exact(dout).contiguous()
+    work = computable(qkv).contiguous()
+    out = computable(out).contiguous()
+    dout = computable(dout).contiguous()
     dqkv = torch.empty_like(work)
     dtable = bias_table.new_empty(bias_table.shape)
     with torch.cuda.device_of(qkv):

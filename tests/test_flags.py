@@ -7,14 +7,14 @@ import torch
 
 import flags
 import models
-import train
 from backbones.drn import DRN
+from settings import PRESETS, Settings
 from tiny import ROOT
 
 
 def parse(line: str):
     """(args, settings) of `python train.py --device cpu LINE`."""
-    return flags.parse_args(train.PRESETS, ["--device", "cpu", *line.split()])
+    return flags.parse_args(["--device", "cpu", *line.split()])
 
 
 def settings(line: str):
@@ -49,30 +49,30 @@ DCLS_PAPER = DRN_PAPER | dict(
 @pytest.mark.parametrize("family, expected", [
     ("drn", DRN_PAPER), ("swinir", SWINIR_PAPER), ("dat", DAT_PAPER), ("dcls", DCLS_PAPER)])
 def test_the_paper_preset_is_the_papers(family, expected):
-    found = asdict(train.PRESETS[family, "paper"])
+    found = asdict(PRESETS[family, "paper"])
     assert {name: found[name] for name in expected} == expected
 
 
 def test_a_typo_in_a_preset_is_an_error_at_once():
     with pytest.raises(TypeError, match="serach_steps"):
-        replace(train.PRESETS["drn", "quick"], serach_steps=3)
+        replace(PRESETS["drn", "quick"], serach_steps=3)
 
 
 def test_settings_do_not_change_under_way():
     with pytest.raises(FrozenInstanceError):
-        train.PRESETS["drn", "quick"].steps = 3
+        PRESETS["drn", "quick"].steps = 3
 
 
 def test_every_setting_is_explained():
-    source = (ROOT / "train.py").read_text()
-    for field in fields(train.Settings):
+    source = (ROOT / "settings.py").read_text()
+    for field in fields(Settings):
         assert re.search(rf"^    {field.name}: .*# \S", source, re.MULTILINE), field.name
 
 
 # ---- presets ------------------------------------------------------------------------------------
 def test_without_flags_the_settings_are_the_preset():
     chosen = settings("--arch drn_s --preset default")
-    expected = asdict(train.PRESETS["drn", "default"]) | dict(arch="drn_s", preset="default")
+    expected = asdict(PRESETS["drn", "default"]) | dict(arch="drn_s", preset="default")
     assert asdict(chosen) == expected
 
 
@@ -85,7 +85,7 @@ def test_a_family_shares_its_presets():
 
 def test_the_preset_is_default_with_a_gpu_and_quick_without(monkeypatch):
     monkeypatch.setattr(flags, "usable_device", torch.device)      # as if there were one
-    _, with_gpu = flags.parse_args(train.PRESETS, ["--arch", "drn_s", "--device", "cuda"])
+    _, with_gpu = flags.parse_args(["--arch", "drn_s", "--device", "cuda"])
     assert with_gpu.preset == "default"
     assert with_gpu.steps == 30_000
     assert settings("--arch drn_s").preset == "quick"
@@ -106,7 +106,7 @@ def test_a_network_without_settings_is_told_which_line_to_add(monkeypatch, capsy
     with pytest.raises(SystemExit, match="2"):
         parse("--arch edsr")
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.endswith("error: no settings for edsr: add train.PRESETS['edsr', 'quick']")
+    assert said.endswith("error: no settings for edsr: add settings.PRESETS['edsr', 'quick']")
 
 
 # ---- what flags change --------------------------------------------------------------------------

@@ -21,6 +21,7 @@ NETWORKS = {"kernels", "backbones", "models"}
 PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
 MAY_IMPORT = {
     "run": set(),
+    "settings": set(),
     # the method
     "dual": set(),
     "search": set(),
@@ -39,8 +40,9 @@ MAY_IMPORT = {
     "upscale": NETWORKS | PICTURES,
     "evaluate": NETWORKS | PICTURES | {"upscale"},
     "report": NETWORKS | PICTURES | {"upscale", "evaluate"},
-    "flags": NETWORKS | {"data", "prune"},
-    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "report", "flags"},
+    "flags": NETWORKS | {"data", "prune", "settings"},
+    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "report", "flags",
+                                    "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "upscale", "evaluate", "flags", "train", "bench", "kernels"}

@@ -42,6 +42,11 @@ class Selected(NamedTuple):
     losses: list
 
 
+def losses_of(rounds) -> list[float]:
+    """The loss before each round, of what prune.select tells about a pair."""
+    return [loss for loss, _ in rounds]
+
+
 def golden_selection(case, **settings) -> Selected:
     """The selection of the release's run."""
     config = case["config"]
@@ -54,7 +59,8 @@ def golden_selection(case, **settings) -> Selected:
     losses = []
     kept = prune.select(model, calibration, native_loss(duals.requires_grad_(False)), widths,
                         rate=config["layer_wise_lr"],
-                        on_pair=lambda pair, kept, record: losses.append(record), **settings)
+                        on_pair=lambda pair, kept, rounds: losses.append(losses_of(rounds)),
+                        **settings)
     return Selected(model, kept, losses)
 
 
@@ -72,8 +78,8 @@ def select(tiny, part=0.5, model=None, **settings) -> Selected:
     rate = 1e-5 if tiny is tiny_dcls else 5e-5
     losses = []
 
-    def on_pair(pair, kept, record):
-        losses.append(record)
+    def on_pair(pair, kept, rounds):
+        losses.append(losses_of(rounds))
 
     settings = dict(per_round=8, on_pair=on_pair) | settings
     kept = prune.select(model, calibration_of(tiny),
@@ -276,18 +282,21 @@ def test_only_the_last_output_of_a_chain_is_kept():
     model, _ = tiny_drn(blocks=3)
     model.eval()
     batch = pooled_batch(0, 1, 8)
-    outputs = {}
+    stored = {}
+    once = prune.called_once(model, batch.images[1])
     held = []
     for pair in model.pairs():
-        prune.finish(model, pair.block, batch, outputs)
-        held.append([name for name, output in outputs.items() if output is not None])
-    both = ["down.0", "down.1"]                # no chain: the copies go to the other end
+        prune.advance(model, pair.block, batch, stored, once)
+        held.append([name for name, output in stored.items() if output is not None])
+    # add_mean is called at every scale: it is never replayed
+    first = ["enlarge", "sub_mean", "head", "down.0"]
+    below = [*first, "down.1", "tail.0"]       # no chain: the copies go to the other end
+    half = [*below, "up_blocks.0"]
     assert held == [
-        ["down.0"], both,
-        [*both, "up_blocks.0.0"], [*both, "up_blocks.0.1"], [*both, "up_blocks.0.2"],
-        [*both, "up_blocks.0"],
-        [*both, "up_blocks.0", "up_blocks.1.0"], [*both, "up_blocks.0", "up_blocks.1.1"],
-        [*both, "up_blocks.0", "up_blocks.1.2"], [*both, "up_blocks.0", "up_blocks.1"]]
+        first, [*first, "down.1"],
+        [*below, "up_blocks.0.0"], [*below, "up_blocks.0.1"], [*below, "up_blocks.0.2"], half,
+        [*half, "tail.1", "up_blocks.1.0"], [*half, "tail.1", "up_blocks.1.1"],
+        [*half, "tail.1", "up_blocks.1.2"], [*half, "tail.1", "up_blocks.1"]]
 
 
 def test_a_pass_ends_at_the_block_it_is_run_to():
@@ -326,7 +335,7 @@ def test_selection_resumes_exactly(tiny, pairs_done):
     whole = select(tiny, 0.25, per_round=per_round)
     saved = {}
 
-    def stop(pair, kept, record):
+    def stop(pair, kept, rounds):
         if len(kept) == pairs_done:
             saved.update(model=copy.deepcopy(model.state_dict()), done=dict(kept))
             raise Stop
@@ -436,7 +445,7 @@ def test_selection_of_dcls_compares_features_of_every_pair_and_the_cut_is_maskin
     kept = prune.select(
         model, calibration, lambda out, batch: 0 * out.images[4].sum(), widths, rate=1e-5,
         per_round=8, reuse=True,
-        on_pair=lambda pair, kept, losses: records.update({pair.name: losses}))
+        on_pair=lambda pair, kept, rounds: records.update({pair.name: losses_of(rounds)}))
     assert list(records) == list(model.widths)
     assert all(losses[0] > 0 for losses in records.values())
     assert {name: len(set(order)) for name, order in kept.items()} == widths

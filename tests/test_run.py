@@ -335,14 +335,18 @@ def test_a_run_of_another_version_is_refused_and_not_misread(tmp_path):
     """An entry more or less, or no config at all: nothing is guessed and nothing is touched."""
     known = json.loads((with_work(tmp_path) / "config.json").read_text())
     fewer = {name: value for name, value in known.items() if name != "clip"}
-    for text in (json.dumps(known | dict(test=None)), json.dumps(fewer), "[]", "half a fi"):
-        (tmp_path / "config.json").write_text(text)
+    config = tmp_path / "config.json"
+    for text in (json.dumps(known | dict(test=None)), json.dumps(fewer), "[]", "half a fi", None):
+        config.unlink()
+        if text:
+            config.write_text(text)
         with pytest.raises(WrongUsage) as caught:
             Run(tmp_path, CONFIG)
         assert str(caught.value) == (
-            f"{tmp_path} was made by another version of this program, its config.json has other "
-            f"entries: give another folder with --run")
-        assert (tmp_path / "config.json").read_text() == text
+            f"{tmp_path} was made by another version of this program, its config.json is missing "
+            f"or has other entries: give another folder with --run")
+        assert text is None or config.read_text() == text
+        config.touch()
 
 
 def test_a_folder_with_somebody_elses_config_is_left_alone(tmp_path):

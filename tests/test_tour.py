@@ -9,6 +9,7 @@ from PIL import Image
 import models
 import prune
 import train
+from settings import PRESETS
 from small_runs import parameters
 from tiny import ROOT, run_command
 
@@ -19,7 +20,7 @@ def edsr():
     sys.modules.pop("tour", None)
     import tour
     yield tour.EDSR
-    del models.PRESETS["edsr"], train.PRESETS["edsr", "quick"]
+    del models.PRESETS["edsr"], PRESETS["edsr", "quick"]
 
 
 def test_the_tour_runs_and_writes_its_picture(tmp_path):

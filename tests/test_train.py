@@ -26,6 +26,7 @@ from backbones.dat import DAT
 from backbones.dcls import DCLS
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
+from settings import PRESETS
 from small_runs import (
     QUICK,
     SIZES,
@@ -69,7 +70,7 @@ def finished(tmp_path_factory, photos):
 
 
 def test_learning_rate():
-    s = replace(train.PRESETS["drn", "paper"], warmup=0.1, floor=0.0)
+    s = replace(PRESETS["drn", "paper"], warmup=0.1, floor=0.0)
     cosine = [train.scheduled(s, 1.0, k, 100) for k in (0, 9, 10, 55, 100)]
     assert cosine == pytest.approx([0.1, 1, 1, 0.5, 0])
     s = replace(s, milestones=(0.5, 0.8))
@@ -92,7 +93,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_config_is_the_settings(finished, monkeypatch, photos):
     """Nothing else decides a run, so nothing else is in it: not the device, not the test folder."""
     folder, _ = finished
-    _, settings = flags.parse_args(train.PRESETS, QUICK)
+    _, settings = flags.parse_args(QUICK)
     config = json.loads((folder / "config.json").read_text())
     assert config == json.loads(json.dumps(asdict(settings)))
     assert str(photos) not in config.values()
@@ -278,8 +279,8 @@ def test_transformers_pass_all_stages_and_continue(arch, photos, monkeypatch, ca
     """With a moving average and stochastic depth, stopped in training and again in fine-tuning."""
     monkeypatch.setitem(models.PRESETS, arch, TRANSFORMERS[arch])
     family = arch.partition("_")[0]
-    monkeypatch.setitem(train.PRESETS, (family, "quick"), replace(
-        train.PRESETS[family, "quick"], ema=0.9, drop_path=0.5, search_patch=32, select_patch=32))
+    monkeypatch.setitem(PRESETS, (family, "quick"), replace(
+        PRESETS[family, "quick"], ema=0.9, drop_path=0.5, search_patch=32, select_patch=32))
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     base = ["--arch", arch, "--scale", 2, "--prune", 0.3, "--steps", 5, "--search-steps", 2,
             "--tune-steps", 4, *SMALL, "--batch", 2, "--test", photos]
@@ -314,8 +315,8 @@ def test_averaged_weights_are_what_is_kept(photos, monkeypatch, capsys, tmp_path
             super().update_parameters(model)
 
     monkeypatch.setattr(train, "AveragedModel", Spy)
-    monkeypatch.setitem(train.PRESETS, ("drn", "quick"),
-                        replace(train.PRESETS["drn", "quick"], ema=0.5))
+    monkeypatch.setitem(PRESETS, ("drn", "quick"),
+                        replace(PRESETS["drn", "quick"], ema=0.5))
     code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", "--steps", 2, *SMALL,
                     "--test", photos, "--run", tmp_path)
     assert code == 0

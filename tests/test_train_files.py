@@ -14,6 +14,7 @@ import prune
 import train
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
+from settings import PRESETS
 from small_runs import QUICK, SIZES, SMALL, log, parameters, picture, same, weights
 from tiny import run_command
 
@@ -46,8 +47,8 @@ def test_pretrained_weights_are_taken_as_they_are(tmp_path, photos, monkeypatch,
     duals = dual.make_duals(model)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     torch.save([d.state_dict() for d in duals], tmp_path / "dual.pt")
-    monkeypatch.setitem(train.PRESETS, ("drn", "quick"),
-                        replace(train.PRESETS["drn", "quick"], dual_steps=2))
+    monkeypatch.setitem(PRESETS, ("drn", "quick"),
+                        replace(PRESETS["drn", "quick"], dual_steps=2))
     base = ["--arch", "drn_tiny", *SMALL, "--test", photos, "--pretrained", tmp_path / "model.pt"]
 
     code, *_ = call(monkeypatch, capsys, *base, "--pretrained-dual", tmp_path / "dual.pt",
@@ -103,8 +104,8 @@ def test_a_pruned_pretrained_network_needs_its_channels(tmp_path, photos, monkey
     small = prune.cut(dense, {pair.name: range(pair.width // 2) for pair in dense.pairs()})
     torch.save(small.state_dict(), tmp_path / "model.pt")
     (tmp_path / "channels.txt").write_text("\n".join(map(str, small.widths.values())))
-    monkeypatch.setitem(train.PRESETS, ("drn", "quick"),
-                        replace(train.PRESETS["drn", "quick"], dual_steps=1))
+    monkeypatch.setitem(PRESETS, ("drn", "quick"),
+                        replace(PRESETS["drn", "quick"], dual_steps=1))
     base = ["--arch", "drn_tiny", *SMALL, "--test", photos, "--pretrained", tmp_path / "model.pt"]
     code, *_ = call(monkeypatch, capsys, *base, "--channels", tmp_path / "channels.txt",
                     "--run", tmp_path / "a")
