@@ -3,7 +3,7 @@
     python upscale.py photo.jpg --weights runs/drn_s_x4_p30/tune.pt     # writes photo_x4.png
     python upscale.py holiday/ --weights W --output large/              # a folder
     python upscale.py "*.png" --arch dat_light --weights DAT_light_x4.pth
-    python upscale.py photo.jpg --arch dcls --weights dcls.pt --kernel blur.png   # what blurred it
+    python upscale.py photo.jpg --arch dcls --weights dcls.pt --blur-kernel blur.png
 
 Any picture that Pillow reads, of any size: grey stays grey, transparency is enlarged by bicubic,
 large pictures are worked on in overlapping tiles. Nothing is overwritten without --force.
@@ -193,8 +193,8 @@ def enlarge(job: Job, model: nn.Module | None, scale: int, args: argparse.Namesp
     if alpha is not None:
         high = np.dstack((high, data.imresize(alpha, scale)))                  # (H·s, W·s, 2 or 4)
     data.write_image(job.target, high)
-    if args.kernel:
-        data.write_image(args.kernel, kernel_picture(kernel))
+    if args.blur_kernel:
+        data.write_image(args.blur_kernel, kernel_picture(kernel))
     return f"{data.size(low)} -> {data.size(high)}"
 
 
@@ -218,13 +218,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", metavar="FILE|DIR",
         help="where to (default: beside the picture, as name_x4.png); " + " ".join(FORMATS))
     add("--force", action="store_true", help="overwrite results that exist")
-    add("--kernel", metavar="FILE.png",
+    add("--blur-kernel", metavar="FILE.png",
         help="write the blur kernel that a blind network (dcls) finds")
     add_how(parser, f"0: none (default: {AUTO_TILE} above {AUTO_PIXELS:,} LR pixels, else 0)")
     args = parser.parse_args(argv)
     check_network(parser, args)
-    if args.kernel and not args.kernel.lower().endswith(".png"):
-        parser.error(f"--kernel {args.kernel}: use a name with .png")
+    if args.blur_kernel and not args.blur_kernel.lower().endswith(".png"):
+        parser.error(f"--blur-kernel {args.blur_kernel}: use a name with .png")
     return args
 
 
@@ -315,11 +315,11 @@ def main() -> None:
     if args.weights:
         model = models.load(args.weights, args.arch, args.scale, args.channels)
         scale = model.scale
-    if args.kernel and not getattr(model, "kernel_size", 0):
-        raise ValueError(f"--kernel {args.kernel}: only a blind network (dcls) estimates a kernel, "
-                         f"leave it out")
+    if args.blur_kernel and not getattr(model, "kernel_size", 0):
+        raise ValueError(f"--blur-kernel {args.blur_kernel}: only a blind network (dcls) estimates "
+                         f"a kernel, leave it out")
     jobs = plan(args.input, args.output, scale, args.force)
-    if args.kernel:
+    if args.blur_kernel:
         check_kernel_target(args, jobs)
     headers = [look(job.source) for job in jobs]
     for job, header in zip(jobs, headers):
@@ -378,13 +378,13 @@ def notes(job: Job, header: Header, args: argparse.Namespace, bar: tqdm) -> None
 
 def check_kernel_target(args: argparse.Namespace, jobs: list[Job]) -> None:
     """WrongUsage where --kernel names no single file that may be written."""
-    path = Path(args.kernel)
+    path = Path(args.blur_kernel)
     if len(jobs) != 1:
-        raise WrongUsage(f"--kernel {path} is for one picture, {len(jobs)} were given")
+        raise WrongUsage(f"--blur-kernel {path} is for one picture, {len(jobs)} were given")
     if path.resolve() in (jobs[0].source.resolve(), jobs[0].target.resolve()):
-        raise WrongUsage(f"--kernel {path} is the picture itself: give another name")
+        raise WrongUsage(f"--blur-kernel {path} is the picture itself: give another name")
     if path.exists() and not args.force:
-        raise WrongUsage(f"{path} exists already: give another --kernel, or --force to "
+        raise WrongUsage(f"{path} exists already: give another --blur-kernel, or --force to "
                          f"overwrite it")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist, create it first")

@@ -177,8 +177,8 @@ HIDDEN, TRUNK = 8, 6                 # channels between the two layers, and in f
 CANDIDATES = (2, 3, 3, 4, 5, 5)      # search.candidates(8, 0.3, multiple=1)
 CHANCES = (0.1, 0.05, 0.05, 0.2, 0.2, 0.4)              # softmax(α); made up, as the weights are
 TAKEN = (2, 5, 0)                    # selected so far, in this order
-SCORES = {1: 0.3, 3: 0.6, 4: 0.15, 6: 0.95, 7: 0.4}     # of the other channels
-KEPT = (0, 2, 3, 5, 6)               # in the end
+SCORES = {1: 0.3, 3: 0.95, 4: 0.6, 6: 0.15, 7: 0.4}     # of the other channels
+KEPT = (0, 2, 3, 4, 5)               # in the end; by the norms it would be 7 in place of 3
 TOP = 112                            # of the consumer's weights
 
 
@@ -233,7 +233,7 @@ def draw_search(left: float, weights: list[list[float]]) -> list[str]:
     for j in range(HIDDEN):
         elements.append(text(centre(left, j), TOP + 150, f"{m[j]:.1g}", "small"))
     return elements + captions(left, "bars: chances of six widths; 5 wins",
-                               "numbers: a column's chance to stay")
+                               "numbers: m, larger for larger norms")
 
 
 def draw_select(left: float, weights: list[list[float]]) -> list[str]:
@@ -280,7 +280,7 @@ def method() -> str:
     """Search, select and cut of one hidden width of 8 channels, of which 5 stay."""
     weights = random_weights(TRUNK, HIDDEN, 7)
     elements = [*draw_search(12, weights), *draw_select(266, weights), *draw_cut(520, weights)]
-    return svg(892, 322, "Search gives every column a chance to stay, select takes the columns one "
+    return svg(892, 322, "Search multiplies every column by a factor, select takes the columns one "
                "after another, cut removes the others and the rows that made them", elements)
 
 

@@ -158,24 +158,24 @@ class Backbone(nn.Module, ABC):
                 module.rate = module.depth * rate
 
 
-def named_widths(dense: dict[str, int],
+def named_widths(full: dict[str, int],
                  widths: dict[str, int] | list[int] | None) -> dict[str, int]:
     """{pair name: kept channels} for all pairs; `Backbone.__init__` says what `widths` may be."""
     if widths is None:
-        return dict(dense)
+        return dict(full)
     if not isinstance(widths, dict):
-        if len(widths) != len(dense):
+        if len(widths) != len(full):
             raise ValueError(f"{len(widths)} channel numbers were given, this network has "
-                             f"{len(dense)} prunable widths: give one number per width, in the "
+                             f"{len(full)} prunable widths: give one number per width, in the "
                              f"order of pairs()")
-        widths = {name: int(n) for name, n in zip(dense, widths)}
+        widths = {name: int(n) for name, n in zip(full, widths)}
     for name, n in widths.items():
-        if name not in dense:
-            first = ", ".join(list(dense)[:3])
+        if name not in full:
+            first = ", ".join(list(full)[:3])
             raise ValueError(f"no prunable width is called {name!r}; the first are {first}")
-        if not 1 <= n <= dense[name]:
-            raise ValueError(f"{name} keeps {n} channels, it must keep 1 to {dense[name]}")
-    return {**dense, **widths}
+        if not 1 <= n <= full[name]:
+            raise ValueError(f"{name} keeps {n} channels, it must keep 1 to {full[name]}")
+    return {**full, **widths}
 
 
 # ---- layers that several backbones share --------------------------------------------------------

@@ -248,14 +248,14 @@ class DCLS(Backbone):
 
     @classmethod
     def hidden_widths(cls, feats: int, latent: int, groups: int, blocks: int, **_) -> dict:
-        dense = {f"estimator.block{i}": feats for i in range(ESTIMATOR_BLOCKS)}
-        dense["estimator.latent"] = latent
+        full = {f"estimator.block{i}": feats for i in range(ESTIMATOR_BLOCKS)}
+        full["estimator.latent"] = latent
         for i in range(FEATURE_BLOCKS):
-            dense[f"feature{i}"] = feats
+            full[f"feature{i}"] = feats
         for g in range(groups):
             for b in range(blocks):
-                dense[f"group{g}.block{b}"] = feats
-        return dense
+                full[f"group{g}.block{b}"] = feats
+        return full
 
     def pairs(self) -> list[Pair]:
         w = self.widths

@@ -124,12 +124,12 @@ class DRN(Backbone):
 
     @classmethod
     def hidden_widths(cls, arch: str, scale: int, feats: int, blocks: int) -> dict[str, int]:
-        dense = {f"down{p}": feats * 2**p for p in range(halvings(scale))}
+        full = {f"down{p}": feats * 2**p for p in range(halvings(scale))}
         for i, (channels, _) in enumerate(cls.up_sizes(scale, feats)):
             for b in range(blocks):
-                dense[f"up{i}.rcab{b}"] = channels
-            dense[f"up{i}.shuffle"] = channels
-        return dense
+                full[f"up{i}.rcab{b}"] = channels
+            full[f"up{i}.shuffle"] = channels
+        return full
 
     def pairs(self) -> list[Pair]:
         result = []

@@ -230,12 +230,12 @@ class SwinIR(Transformer):
 
     @classmethod
     def hidden_widths(cls, dim: int, depths: tuple[int, ...], **_) -> dict[str, int]:
-        dense = {}
+        full = {}
         for g, depth in enumerate(depths):
             for b in range(depth):
-                dense[f"group{g}.block{b}.attn"] = dim
-                dense[f"group{g}.block{b}.mlp"] = 2 * dim
-        return dense
+                full[f"group{g}.block{b}.attn"] = dim
+                full[f"group{g}.block{b}.mlp"] = 2 * dim
+        return full
 
     def pairs(self) -> list[Pair]:
         result = []

@@ -37,19 +37,24 @@ the key 8 (place 3, at row 1, column 1) differ by (Δy, Δx) = (−1, 0): table 
 What the fused kernels save: memory traffic
 -------------------------------------------
 Everything above is arithmetic on a few thousand scores that fit on the chip. Fused, only q, k, v
-are read (3A numbers a token, A channels in all heads) and out is written (A). Written in PyTorch,
-each operation reads its inputs from memory and writes its result there. Numbers read and written
-per token for SwinIR (A = 180 in 6 heads, windows of 8×8, so 6·64 = 384 scores a token), counted for
-the authors' way in bench/baselines.py:
+are read (3A numbers a token, A channels in all heads) and out is written (A): 4A. Written in
+PyTorch, each operation reads its inputs from memory and writes its result there. Numbers read and
+written per token for SwinIR, the authors' way (bench/baselines.py); A = 180 in 6 heads, windows of
+8×8 = 64 tokens, so s = 6·64 = 384 scores a token:
 
-    scale q                           360      roll there and back      1,440
-    products with k and with v      1,488      cut, put together        2,880
-    bias and mask                   1,600
-    softmax                           768      in all                   8,536, fused 720
+    roll there, and back             2·3A + 2·A                     1,440
+    cut into windows, into heads;    2·3A + 2·3A
+      join the heads, the windows      + 2·A + 2·A                  2,880
+    scale q                          2·A                              360
+    q kᵀ, and P v                    (A + A + s) + (s + A + A)      1,488
+    add the bias, add the mask       2·s + (2·s + 64)               1,600
+    softmax                          2·s                              768
+    in all                                                          8,536, fused 720
 
 On a picture of 320×184 in bfloat16 that is 1,005 MB for one layer, fused 85 MB. The backward pass
-takes 10,273 numbers a token (1,210 MB), fused 1,260 (148 MB): the kernel reads q, k, v and the
-gradient of out, writes those of q, k, v, and computes the scores again rather than reading them.
+takes 10,273 numbers a token (1,210 MB), fused 7A = 1,260 (148 MB, without the small sums and the
+bias): the kernel reads q, k, v and the gradient of out, writes those of q, k, v, and computes the
+scores again rather than reading them.
 
 In this file: `reference`, the text above in PyTorch, line by line; `torch_path`, the same faster,
 for any device; `window_attention`, which the networks call; and the Triton kernels wrapped as a

@@ -233,6 +233,8 @@ def dbias_256_kernel(
 
 
 # ---- 4. from the (n, n) bias to its table -------------------------------------------------------
+# For a head: n² numbers of dbias are read once and added up, 16 KB for n = 64, 262 KB for n = 256;
+# written are 225 and 945 numbers. That is little beside the windows.
 @triton.jit
 def dtable_kernel(
         dbias,                       # (HEADS, n, n) float32, the sum over all windows

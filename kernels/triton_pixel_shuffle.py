@@ -96,6 +96,10 @@ class Tiles(NamedTuple):
     stages: int                      # steps whose loads are under way at the same time
 
 
+# A tile of 128×128 makes 128 FLOP of each number that it loads, one of 128×64 makes 85 and one of
+# 64×64 makes 64; larger ones do not fit into the registers (128×128 are 64 numbers a thread on 8
+# warps). A step of 64 channels in bfloat16, or of 32 in float32, is 128 bytes of a pixel, a whole
+# cache line. Loads run 3 steps ahead: 3·(128 + 128)·128 bytes = 98 KB of shared memory.
 WIDE = {                             # more than 64 columns; by bytes of a number
     2: Tiles(128, 128, 64, warps=8, stages=3),
     4: Tiles(128, 128, 32, warps=8, stages=3),

@@ -194,7 +194,7 @@ def test_a_blind_network_writes_its_kernel(here, monkeypatch, capsys):
     save(here / "photo.png", picture(24, 24))
     torch.save(models.build("dcls", 4).state_dict(), here / "w.pt")
     code, _, errors = call(monkeypatch, capsys, "photo.png", "--weights", "w.pt", "--arch", "dcls",
-                           "--kernel", "blur.png", "--device", "cpu")
+                           "--blur-kernel", "blur.png", "--device", "cpu")
     assert code == 0, errors
     assert Image.open(here / "blur.png").mode == "L"
 
@@ -232,8 +232,8 @@ def test_a_checkpoint_never_runs_code(here, monkeypatch, capsys):
     (["photo.png", "--weights", "none.pt"], 1, "none.pt"),
     (["photo.png", *BICUBIC, "--output", "x.gif"], 2, "unknown extension"),
     (["photo.png", *BICUBIC, "--output", "no/x.png"], 1, "does not exist"),
-    (["photo.png", *BICUBIC, "--kernel", "k.jpg"], 2, "use a name with .png"),
-    (["photo.png", *BICUBIC, "--kernel", "k.png"], 1, "only a blind network"),
+    (["photo.png", *BICUBIC, "--blur-kernel", "k.jpg"], 2, "use a name with .png"),
+    (["photo.png", *BICUBIC, "--blur-kernel", "k.png"], 1, "only a blind network"),
     (["*.gif", *BICUBIC], 1, "no picture found")])
 def test_wrong_usage_is_one_sentence(arguments, code, words, here, monkeypatch, capsys):
     save(here / "photo.png", picture(8, 8))
