@@ -285,7 +285,7 @@ def method() -> str:
 
 
 # ---- crops.png: what it looks like --------------------------------------------------------------
-PHOTOGRAPH = "astronaut"             # one of the eight built-in ones
+PHOTOGRAPH = "motorcycle_left"       # one of the eight built-in ones
 CROP, ZOOM = 72, 3                   # pixels of the photograph, and how large each is drawn
 GAP, LABEL = 5, 44                   # between two crops, and for the text above them
 

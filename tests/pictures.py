@@ -15,6 +15,6 @@ def save(path, array: np.ndarray, **options):
     return path
 
 
-def same(a: dict, b: dict) -> bool:
+def same_images(a: dict, b: dict) -> bool:
     """Whether two {scale: image} have the same scales and pixels."""
     return a.keys() == b.keys() and all(np.array_equal(a[s], b[s]) for s in a)

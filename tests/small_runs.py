@@ -10,9 +10,7 @@ import time
 import torch
 from PIL import Image
 
-import evaluate
 import leaves
-import models
 from tiny import ROOT
 
 SIZES = dict(feats=8, blocks=1)
@@ -29,6 +27,7 @@ SMALL = ["--pictures", "4", "--patch", "32", "--batch", "1", "--device", "cpu"]
 QUICK = ["--arch", "drn_tiny", "--prune", "0.3", "--steps", "8", "--search-steps", "5",
          "--tune-steps", "6", *SMALL]
 
+
 def process(folder, *more) -> list[str]:
     """The command line of QUICK in a process of its own, which saves after every step."""
     return [sys.executable, "-c", DRIVER, *QUICK, "--run", str(folder), *map(str, more)]
@@ -38,7 +37,8 @@ def finish(arguments: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
 
 
-def picture(side: int = 64, seed: int = 0) -> Image.Image:
+def photo(side: int = 64, seed: int = 0) -> Image.Image:
+    """A generated picture that stands in for a photograph."""
     return Image.fromarray(leaves.dead_leaves((seed, 0), side))
 
 
@@ -48,21 +48,6 @@ def weights(folder, stage: str) -> dict:
 
 def log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def parameters(file) -> int:
-    return evaluate.count(models.load(file), 32, 32).params
-
-
-def same(a, b) -> bool:
-    """Whether nested containers of tensors are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def wait_for(condition, running: subprocess.Popen, seconds: float = 120) -> None:

@@ -5,11 +5,10 @@ In another process: this one may have Triton's interpreter in it, which replaces
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tiny import ROOT
 
 # The one kernel that spills a few bytes, see BACKWARD_256.
 SPILLS = {"backward_ieee_32x8_shifted_width30": 64}

@@ -14,7 +14,7 @@ import leaves
 from backbones.base import SR
 from data import Picture
 from degradation import degrade_picture
-from pictures import picture, same, save
+from pictures import picture, same_images, save
 from tiny import ROOT
 
 SCRIPT = {**os.environ, "PYTHONPATH": str(ROOT)}  # of a script that imports data
@@ -57,10 +57,10 @@ def test_pictures_are_read_once_until_the_limit(tmp_path, monkeypatch):
     assert read == []
     first = [p[i].images for i in range(4)]
     assert "".join(read) == "0123"
-    assert all(same(a, b.images) for a, b in zip(first, p))
+    assert all(same_images(a, b.images) for a, b in zip(first, p))
     assert "".join(read[4:]) == "23"  # 0 and 1 stayed, the others are read again
-    assert same(p[1:4][-1].images, first[3])
-    assert same(p[1:4][0].images, first[1])
+    assert same_images(p[1:4][-1].images, first[3])
+    assert same_images(p[1:4][0].images, first[1])
     assert "".join(read[6:]) == "3"
 
 
@@ -81,11 +81,11 @@ def test_generated_pictures_are_the_same_in_any_number_of_processes():
     q = data.generate(3, 32, (1, 2), seed=5, workers=2)
     assert p.names == ["leaves0000", "leaves0001", "leaves0002"]
     assert len(p) == 3
-    assert all(same(a.images, b.images) for a, b in zip(p, q))
-    assert not same(p[0].images, p[1].images)
+    assert all(same_images(a.images, b.images) for a, b in zip(p, q))
+    assert not same_images(p[0].images, p[1].images)
     assert p[2].kernel is None
     high = leaves.dead_leaves((5, 2), 32)
-    assert same(p[2].images, {1: data.imresize(high, 1 / 2), 2: high})
+    assert same_images(p[2].images, {1: data.imresize(high, 1 / 2), 2: high})
 
 
 @pytest.mark.parametrize("count, side, seed", [(0, 32, 0), (1, 33, 0), (1, 0, 0), (1, 32, -1)])
@@ -113,7 +113,7 @@ def test_photographs():
     assert "ihc" in p.names
     images = p[0].images
     assert images[4].shape == (512, 512, 3)
-    assert same(images, {1: data.imresize(images[4], 1 / 4), 4: images[4]})
+    assert same_images(images, {1: data.imresize(images[4], 1 / 4), 4: images[4]})
     assert p[0].kernel is None
     for other in p[1:3]:
         high = other.images[4]
@@ -127,7 +127,7 @@ def test_blurred_photographs_are_always_the_same():
     second = data.photographs((1, 4), 31)
     for i in (1, 2):
         a = first[i]
-        assert same(a.images, second[i].images)
+        assert same_images(a.images, second[i].images)
         assert np.array_equal(a.kernel, second[i].kernel)
         assert a.kernel.shape == (31, 31)
         assert a.kernel.dtype == np.float32
@@ -162,7 +162,7 @@ def test_any_folder(tmp_path):
     expected = {1: data.imresize(cropped, 1 / 4), 2: data.imresize(cropped, 1 / 2), 4: cropped}
     for each in p:
         assert list(each.images) == [1, 2, 4]
-        assert same(each.images, expected)
+        assert same_images(each.images, expected)
         assert each.kernel is None
 
 
@@ -178,12 +178,12 @@ def test_layouts_use_the_files_and_make_the_others(tmp_path, high, low):
     save(tmp_path / low / "X2/0001x2.png", x2)
     p = data.open_folder(tmp_path, (1, 2, 4))
     assert p.names == ["0001.png", "0002.png"]
-    assert same(p[0].images, {1: x4, 2: x2[:8, :10], 4: originals[0][:16, :20]})
+    assert same_images(p[0].images, {1: x4, 2: x2[:8, :10], 4: originals[0][:16, :20]})
     made = originals[1][:16, :20]
     expected = {1: data.imresize(made, 1 / 4), 2: data.imresize(made, 1 / 2), 4: made}
-    assert same(p[1].images, expected)
+    assert same_images(p[1].images, expected)
     x2_alone = data.open_folder(tmp_path, (1, 2))
-    assert same(x2_alone[0].images, {1: x2, 2: originals[0][:18, :22]})
+    assert same_images(x2_alone[0].images, {1: x2, 2: originals[0][:18, :22]})
 
 
 def test_layouts_are_those_of_the_authors():
@@ -242,7 +242,7 @@ def test_a_blurred_set_is_matched_by_number(tmp_path):
     p = data.open_folder(blurred_set(tmp_path), (1, 4))
     assert p.names == ["img_10_gt.png", "img_1_gt.png", "img_2_gt.png"]
     for each, i in zip(p, (10, 1, 2)):
-        assert same(each.images, {1: picture(4, 6, 100 + i), 4: picture(17, 24, i)[:16]})
+        assert same_images(each.images, {1: picture(4, 6, 100 + i), 4: picture(17, 24, i)[:16]})
 
 
 def test_a_blurred_set_must_be_complete(tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from bench import baselines
 from bench import kernels as bench_kernels
+from tiny import ROOT
 from triton_path import attention, attention_case
 
-ROOT = Path(__file__).parents[1]
 SHAPES = [
     (2, 9, 16, 2, 10, (8, 8), (4, 4)),
     (1, 20, 40, 2, 30, (8, 32), (4, 16), True),

@@ -12,7 +12,7 @@ import dual
 import evaluate
 import models
 from backbones.drn import DRN
-from tiny import parameters, rule, tiny_drn
+from tiny import parameters, rule, same, tiny_drn
 
 # ---- the table of networks ----------------------------------------------------------------------
 PUBLISHED = {                                # arch: {scale: parameters}
@@ -101,11 +101,6 @@ def tiny_preset(monkeypatch):
     """A DRN of 2 blocks and 4 channels at two scales: `models.build("tiny")`, 8 pairs at ×4."""
     sizes = dict(feats=4, blocks=2)
     monkeypatch.setitem(models.PRESETS, "tiny", (DRN, {4: sizes, 8: sizes}))
-
-
-def same(a: dict, b: dict) -> bool:
-    """Whether two state dicts are equal, to the last bit."""
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 def saved(path, **changes):

@@ -20,6 +20,7 @@ from tiny import (
     parameters,
     pooled_batch,
     rule,
+    same,
     tiny_dat,
     tiny_dcls,
     tiny_drn,
@@ -30,10 +31,9 @@ GOLDEN_PRUNE = golden("prune_drn")
 TINY = [tiny_drn, tiny_swinir, tiny_dat, tiny_dcls]
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have equal weights, to the last bit."""
-    mine, theirs = a.state_dict(), b.state_dict()
-    return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
+    return same(a.state_dict(), b.state_dict())
 
 
 class Selected(NamedTuple):
@@ -161,7 +161,7 @@ def test_selection_leaves_nothing_behind(tiny):
     before = copy.deepcopy(model)
     select(tiny, model=model, original=original)
     assert not model.training
-    assert same(original, before)
+    assert same_weights(original, before)
     for parameter in model.parameters():
         assert parameter.requires_grad == (parameter is not frozen)
         assert parameter.grad is None
@@ -213,7 +213,7 @@ def test_silence_leaves_a_layer_norm_what_it_looks_at():
     model, _ = tiny_dat()
     before = copy.deepcopy(model)
     prune.silence(model, model.pairs()[0], [3])
-    assert same(model, before)
+    assert same_weights(model, before)
 
 
 # ---- replay -------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_replay_changes_nothing(tiny):
     full = select(tiny, replay=False)
     assert replayed.kept == full.kept
     assert replayed.losses == full.losses
-    assert same(replayed.model, full.model)
+    assert same_weights(replayed.model, full.model)
 
 
 def count_runs(monkeypatch, networks: list, blocks: set, clock: list) -> dict:
@@ -350,7 +350,7 @@ def test_selection_resumes_exactly(tiny, pairs_done):
                      done=saved["done"])
     assert resumed.kept == whole.kept
     assert resumed.losses == whole.losses[pairs_done:]
-    assert same(resumed.model, whole.model)
+    assert same_weights(resumed.model, whole.model)
 
 
 # ---- the cut ------------------------------------------------------------------------------------

@@ -15,16 +15,7 @@ import torch
 
 import run
 from run import Run, WrongUsage
-
-
-class Evil:
-    """A pickle that makes the folder `marker` when it is loaded."""
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
+from tiny import Evil
 
 # ---- commands -----------------------------------------------------------------------------------
 FULL = "error: out of memory: use smaller tiles, patches or batches\n"

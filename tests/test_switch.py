@@ -4,15 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
 from kernels import switch
-
-ROOT = Path(__file__).parents[1]
+from tiny import ROOT
 
 
 @pytest.fixture

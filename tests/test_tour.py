@@ -10,8 +10,7 @@ import models
 import prune
 import train
 from settings import PRESETS
-from small_runs import parameters
-from tiny import ROOT, run_command
+from tiny import ROOT, parameters, rule, run_command
 
 
 @pytest.fixture
@@ -57,5 +56,6 @@ def test_the_own_backbone_goes_through_all_stages(edsr, tmp_path, monkeypatch, c
         0.4, "--steps", 2, "--search-steps", 1, "--tune-steps", 1, "--pictures", 4, "--batch", 1,
         "--device", "cpu", "--run", folder)
     assert code == 0, errors
-    assert parameters(folder / "tune.pt") < parameters(folder / "train.pt")
-    assert isinstance(models.load(folder / "tune.pt"), edsr)
+    dense, pruned = (models.load(folder / f"{stage}.pt") for stage in ("train", "tune"))
+    assert parameters(pruned) < parameters(dense)
+    assert isinstance(pruned, edsr)

@@ -34,14 +34,12 @@ from small_runs import (
     STAGES,
     finish,
     log,
-    parameters,
-    picture,
+    photo,
     process,
-    same,
     wait_for,
     weights,
 )
-from tiny import run_command
+from tiny import parameters, run_command, same
 
 call = partial(run_command, train)
 
@@ -51,7 +49,7 @@ def photos(tmp_path_factory):
     """A folder with the pictures to report on."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(2):
-        picture(seed=i).save(folder / f"{i}.png")
+        photo(seed=i).save(folder / f"{i}.png")
     return folder
 
 
@@ -86,8 +84,8 @@ def test_a_run_leaves_what_it_promises(finished):
                      "channels.json", "report.json", "comparison.png"}
     stages = [line["stage"] for line in log(folder) if "seconds" in line]
     assert stages == [*STAGES, "report"]
-    assert output.splitlines()[0].startswith("drn_tiny x4 on ")
-    assert "preset quick (chosen because there is no GPU" in output.splitlines()[0]
+    for words in ("drn_tiny x4", "preset quick", str(folder)):
+        assert words in output.splitlines()[0]
 
 
 def test_the_config_is_the_settings(finished, monkeypatch, photos):
@@ -243,7 +241,7 @@ def test_a_run_of_an_older_version_is_refused(finished, monkeypatch, capsys, tmp
 def test_flags_can_be_corrected_before_any_work_is_done(photos, monkeypatch, capsys, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    picture(20).save(small / "a.png")
+    photo(20).save(small / "a.png")
     for pictures, expected in ((small, 1), (photos, 0)):
         code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", "--steps", 1, *SMALL,
                         "--data", pictures, "--test", photos, "--run", tmp_path / "run")
@@ -302,7 +300,8 @@ def test_transformers_pass_all_stages_and_continue(arch, photos, monkeypatch, ca
     for stage in STAGES:
         assert same(weights(whole, stage), weights(stopped, stage)), stage
     assert not same(weights(whole, "select")["model"], weights(whole, "tune")["model"])
-    assert parameters(whole / "tune.pt") < 0.95 * parameters(whole / "train.pt")
+    dense, pruned = (models.load(whole / f"{stage}.pt") for stage in ("train", "tune"))
+    assert parameters(pruned) < 0.95 * parameters(dense)
 
 
 def test_averaged_weights_are_what_is_kept(photos, monkeypatch, capsys, tmp_path):

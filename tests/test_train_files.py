@@ -1,5 +1,4 @@
 """What train.py is given: weights from elsewhere, a budget, a teacher, and files that are wrong."""
-import os
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -15,8 +14,8 @@ import train
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
 from settings import PRESETS
-from small_runs import QUICK, SIZES, SMALL, log, parameters, picture, same, weights
-from tiny import run_command
+from small_runs import QUICK, SIZES, SMALL, log, photo, weights
+from tiny import Evil, parameters, run_command, same
 
 call = partial(run_command, train)
 
@@ -25,7 +24,7 @@ call = partial(run_command, train)
 def photos(tmp_path_factory):
     """A folder with a picture to report on."""
     folder = tmp_path_factory.mktemp("photos")
-    picture().save(folder / "0.png")
+    photo().save(folder / "0.png")
     return folder
 
 
@@ -138,18 +137,11 @@ def test_a_larger_teacher_can_be_given(tmp_path, photos, monkeypatch, capsys):
     for stage, expected in (("select", True), ("tune", False)):
         found = same(weights(tmp_path / "own", stage), weights(tmp_path / "wide", stage))
         assert found == expected
-    assert parameters(tmp_path / "own" / "tune.pt") == parameters(tmp_path / "wide" / "tune.pt")
+    own, wide = (models.load(tmp_path / name / "tune.pt") for name in ("own", "wide"))
+    assert parameters(own) == parameters(wide)
 
 
 # ---- wrong files: one sentence, exit code 1 -----------------------------------------------------
-class Evil:
-    """A pickle that makes the folder `marker` when it is loaded."""
-    marker = None
-
-    def __reduce__(self):
-        return os.mkdir, (str(Evil.marker),)
-
-
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     """Paths of everything that is wrong with files."""
@@ -158,14 +150,14 @@ def bad(tmp_path_factory):
     for path in paths.values():
         path.mkdir()
     (paths["broken"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    picture(20).save(paths["small"] / "a.png")
+    photo(20).save(paths["small"] / "a.png")
     for name, size in (("HR/a.png", 64), ("LR_bicubic/X4/ax4.png", 10)):
         (paths["mismatch"] / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(size).save(paths["mismatch"] / name)
+        photo(size).save(paths["mismatch"] / name)
     for name in ("evil", "other", "good", "channels"):
         paths[name] = root / f"{name}.pt"
-    Evil.marker = root / "executed"
-    paths["evil"].write_bytes(pickle.dumps(Evil()))
+    paths["executed"] = root / "executed"                  # made by nothing but the evil file
+    paths["evil"].write_bytes(pickle.dumps(Evil(paths["executed"])))
     torch.save(DRN("drn_s", 4, 16, 1).state_dict(), paths["other"])
     torch.save(DRN("drn_tiny", 4, **SIZES).state_dict(), paths["good"])
     paths["channels"].write_text("4\n4\n4\n")
@@ -201,7 +193,7 @@ def test_wrong_input_is_one_sentence(line, words, bad, monkeypatch, capsys, tmp_
     assert said.startswith("error: ")
     assert words.format(**bad) in said
     assert "Traceback" not in errors
-    assert not Evil.marker.exists()
+    assert not bad["executed"].exists()
 
 
 def test_duals_that_do_not_fit_are_named(bad, monkeypatch, capsys, tmp_path):

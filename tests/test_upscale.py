@@ -1,6 +1,5 @@
 """upscale.py: tiles that must not show, every kind of picture, and which file goes where."""
 import os
-import sys
 import time
 
 import numpy as np
@@ -16,7 +15,7 @@ import upscale
 from backbones.base import SR
 from pictures import picture, save
 from run import WrongUsage
-from tiny import run_command, tiny_dcls, tiny_drn, tiny_swinir
+from tiny import Evil, run_command, tiny_dcls, tiny_drn, tiny_swinir
 
 
 class Local(nn.Module):
@@ -212,16 +211,12 @@ def test_without_weights_it_says_where_to_get_them(here, monkeypatch, capsys):
     assert code == 2 and "--weights runs/new/tune.pt" in errors
 
 
-class Bomb:
-    def __reduce__(self):
-        return (sys.exit, (77,))
-
-
 def test_a_checkpoint_never_runs_code(here, monkeypatch, capsys):
     save(here / "photo.png", picture(8, 8))
-    torch.save({"model": Bomb()}, here / "w.pt")
+    torch.save({"model": Evil(here / "executed")}, here / "w.pt")
     code, _, errors = call(monkeypatch, capsys, "photo.png", "--weights", "w.pt", "--arch", "drn_s")
     assert code == 1 and "w.pt" in errors and "Traceback" not in errors
+    assert not (here / "executed").exists()
 
 
 @pytest.mark.parametrize("arguments, code, words", [
