@@ -99,7 +99,9 @@ def native_loss(out, batch, duals: nn.ModuleList, weight: float, rgb_range: floa
 
 # ---- distillation: a small network learns from a larger one (DRC Section 4.3) -------------------
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """MSE between the channel means of two feature maps (N, any, H, W); their widths may differ."""
+    """MSE between two feature maps (N, any, H, W), each averaged over its channels, so that a
+    teacher of another width fits.
+    """
     return F.mse_loss(student.mean(1), teacher.mean(1))
 
 
@@ -109,7 +111,7 @@ def distillation(student: nn.Module, teacher: nn.Module):
 
     A backbone that names a `feature` (DRN) is compared by the input of that module, in the
     student's latest forward pass; so call it right after that. The others are compared by the L1
-    distance of the images. (SwinIR so in the release; DAT and DCLS are ours.) In the native range.
+    distance of the images, times rgb_range. (SwinIR so in the release; DAT and DCLS are ours.)
     """
     features = {}
 

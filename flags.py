@@ -47,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     add("--arch", choices=tuple(models.PRESETS), required=True, help="the network")
     add("--scale", type=int, help="upscaling factor (default 4)")
     add("--prune", type=number(float, 0, 1), metavar="R",
-        help="compress: a layer keeps 1 - R of its hidden channels or less, down to half of that "
-             "(default 0: only train)")
+        help="compress: a layer keeps about 1 - R of its hidden channels or less, down to half of "
+             "that (default 0: only train)")
     add("--budget", type=target, metavar="params=F|madds=F",
         help="compress the whole network to this part of its cost")
     add("--preset", choices=("quick", "default", "paper"),

@@ -1,14 +1,20 @@
 """Dual regression compression (DRC, arXiv 2207.07929, Section 4): the network made smaller.
 
-    search   how many channels each layer keeps; in search.py, and offered here again
+    search   how many channels each layer keeps; in search.py, and imported here, so that a caller
+             needs only this file
     select   which ones: the channels whose weights get the largest gradients of the loss
     cut      removes the others from the weights
 
+Why the gradient? While a channel is out, its weights in the layer that takes it in are zero, and
+their gradient says how fast the loss would fall if they came back. The channel where it is largest
+is missed most. The loss is that of training, plus the distance between this layer's output and what
+it put out before any pruning: it tells what the layer lacks, even where the image hides it.
+
 The unit is a `Pair` (backbones/base.py): a hidden width, the layers that make it, the layers that
 consume it. The width of the trunk, where skip connections run, never changes. A network is known
-here by `pairs()`, `forward` and `with_widths` only; the loss is handed in as `loss_fn(out, batch)`,
-with the network's `SR` and one that holds the true images. In DRC it is `dual.native_loss`, in the
-network's own range (255·L_DR for DRN), and the learning rates below refer to that.
+here by `pairs()`, `forward` and `with_widths` only; the loss is handed in as `loss_fn(out, batch)`:
+both are `SR`, what the network returned and what it should have. In DRC it is `dual.native_loss`,
+in the network's own range (255·L_DR for DRN), and the learning rates below refer to that.
 
 Not here: the loss, batches, fine-tuning (train.py). tour.py shows all of it on a small network.
 Read backbones/drn.py next.
@@ -67,21 +73,21 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     kept = dict(done or {})
-    # {module: its output} of finished blocks, a dict for each batch: of the network being pruned,
-    stored = [{} for _ in calibration]
-    # and of the original network
-    stored_original = [{} for _ in calibration]
+    # outputs of finished blocks, {module name: output}, a dict for each batch
+    all_stored = [{} for _ in calibration]
+    all_stored_original = [{} for _ in calibration]
     once = called_once(original, calibration[0].images[1][:1]) if replay else set()
     for block, pairs in groupby(model.pairs(), lambda pair: pair.block):
         for pair in pairs:
             if pair.name in kept:
                 continue
             losses = []
-            for batch, here, there in zip(calibration, stored, stored_original):
-                targets = features(original, pair, batch, there)
+            for batch, stored, stored_original in zip(calibration, all_stored,
+                                                      all_stored_original):
+                targets = features(original, pair, batch, stored_original)
                 if replay:
-                    here = here | ahead_of(model, pair, batch, here)
-                losses.append(partial(pair_loss, model, pair, batch, by_module(model, here),
+                    stored = stored | ahead_of(model, pair, batch, stored)
+                losses.append(partial(pair_loss, model, pair, batch, by_module(model, stored),
                                       targets, loss_fn))
             n = widths[pair.name] // pair.heads
             kept[pair.name], rounds = select_pair(model, pair, n, losses, rate, per_round, reuse)
@@ -89,9 +95,10 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
             if on_pair:
                 on_pair(pair, kept, rounds)
         if replay:
-            for batch, here, there in zip(calibration, stored, stored_original):
-                advance(model, block, batch, here, once)
-                advance(original, block, batch, there, once)
+            for batch, stored, stored_original in zip(calibration, all_stored,
+                                                      all_stored_original):
+                advance(model, block, batch, stored, once)
+                advance(original, block, batch, stored_original, once)
     for parameter in trainable:
         parameter.requires_grad_()
     return kept
@@ -193,13 +200,13 @@ def channel_scores(gradients: list[Tensor], pair) -> Tensor:
 def silence(model: nn.Module, pair, kept: list[int]) -> None:
     """Zeroes the producers' rows of the channels that were not kept.
 
-    Selection has zeroed ("masked") their columns in the consumer. That is already the network that
-    `cut` will leave, with two exceptions:
+    Selection has zeroed ("masked") their columns in the consumer. Does that equal cutting them?
 
-    conv, MLP   no exception: a channel reaches nothing but its column
-    attention   a column of `proj` masks v_j, but q_j·k_j still adds to every q·k of its head. It
-                does so while the columns are chosen; zeroing the rows of q and k ends it
-    LayerNorm   zeroing a channel would change the mean and variance by which all the others are
+    conv, MLP   yes: a channel reaches nothing but its column; zeroing its rows changes nothing
+    attention   not yet: the masked column of `proj` takes away v_j alone, and q_j·k_j still counts
+                in the softmax. Zeroing the rows of q, k and v here changes the output a little,
+                and then masking equals cutting
+    LayerNorm   no: zeroing a channel would change the mean and variance by which all the others are
                 normalised. So nothing is zeroed here, and `cut` fits the norm again
     """
     if pair.norm:
@@ -315,9 +322,11 @@ def called_once(network: nn.Module, low: Tensor) -> set[str]:
 def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str]) -> None:
     """Adds to `stored` what is finished when `block` is, and drops what no one will read again.
 
-    Finished are, besides the block, modules that ran before it and are no blocks, such as a first
-    convolution. Of nested modules the outermost one is stored. Dropped are outputs inside it, and
-    those of earlier members of the same nn.Sequential. once: see `called_once`.
+    After up_blocks.0.3 of a DRN, for example, `stored` has outputs for enlarge, sub_mean, head,
+    down.0, down.1, tail.0 (none of them runs again; all but the downs are no blocks) and for
+    up_blocks.0.3. The earlier members of its chain, up_blocks.0.0 to 2, have None: they are not run
+    either, and nobody reads them. Once up_blocks.0 as a whole is finished, it replaces its members.
+    once: see `called_once`.
     """
     finished = {}
 
@@ -332,7 +341,7 @@ def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str])
         run_to(network, block, batch.images[1])
     for hook in hooks:
         hook.remove()
-    for name, output in finished.items():
+    for name, output in finished.items():    # inner modules come first, and give way to outer ones
         parent = name.rpartition(".")[0]
         in_chain = isinstance(network.get_submodule(parent), nn.Sequential)
         for other in list(stored):
@@ -372,7 +381,7 @@ def cut(model: nn.Module, kept: dict[str, list[int]], calibration: list | None =
         state |= refitted_norms(model, index, calibration[0].images[1])
     widths = {pair.name: pair.heads * len(index[pair.name]) for pair in model.pairs()}
     smaller = model.with_widths(widths)
-    smaller.to(next(model.parameters())).load_state_dict(state)
+    smaller.to(next(model.parameters())).load_state_dict(state)    # its device and dtype
     return smaller
 
 

@@ -1,12 +1,18 @@
 """Channel number search (DRC, arXiv 2207.07929, Section 4.1): how many channels each layer keeps.
 
-Every layer gets six candidate widths and six numbers α. While the search runs, the layer is the
-mixture of its six versions, weighted by softmax(α), and α is trained along with the weights, on
-images of its own. At the end each layer takes the candidate with the largest α.
+Every pair (two layers and the channels between them, see backbones/base.py) gets six candidate
+widths and six numbers α. While the search runs, its second layer, the consumer, is the mixture of
+its six versions, weighted by softmax(α), and α is trained along with the weights, on images of its
+own. At the end each pair takes the candidate with the largest α.
 
 To compare widths, a version of width n must have some n channels. Here these are the n of largest
 L1 norm, which costs nothing to find. It is only a stand-in: which channels really stay is decided
 afterwards, by the gradients of the loss (prune.py), and may well be others.
+
+Nothing in the loss rewards a small network. It is the ratio that makes it small, through the
+candidates; α tells how to share out what the ratio leaves. A narrower version wins where it serves
+the loss as well as a wider one, and chance has a part in that. (In the authors' file for ×4 and a
+ratio of 0.3, 29 of the 62 widths of 64 channels keep 44, the most they can, 24 keep 40, and 9 36.)
 
 The layers are given as `Pair`s (backbones/base.py, to be read before this) and the loss as
 `loss_fn(out, batch)`, with what the network returned and the true images. `fit_budget` is ours:
@@ -53,32 +59,34 @@ def importance(model: nn.Module, pair) -> Tensor:
 class Search:
     """Channel number search (Section 4.1, Algorithm 1): one object, one `step` after another.
 
-    Relaxation. Each layer has six candidate widths n_k and six numbers α; p = softmax(α). Truncated
-    to width n, it keeps the n input channels with the largest L1 norms, rank(j) < n. The layer is
-    linear in its inputs x_j, so the mixture of the six truncated layers is the layer itself with
+    Relaxation. Each consumer has six candidate widths n_k and six numbers α; p = softmax(α).
+    Truncated to width n, it keeps the n input channels with the largest L1 norms, rank(j) < n. It
+    is linear in its inputs x_j, so the mixture of the six truncated layers is the layer itself with
     scaled inputs, and its bias stays, because Σ_k p_k = 1:
 
         Σ_k p_k Σ_{rank(j) < n_k} W_j x_j  =  Σ_j m_j W_j x_j,   m_j = Σ_k p_k [rank(j) < n_k]
 
     ([…] is 1 where it is true, else 0.) So m_j is the total chance of the widths that would keep
-    channel j; nothing is drawn at random.
+    channel j; nothing is drawn at random. The ranks are taken anew in every pass, as constants.
 
     Descent on two levels, as in DARTS (arXiv 1806.09055). The first half T of the training images
     trains the weights w, the second half V the α's, which should be good for the w that training
-    would reach. One step of descent stands for that training (ξ: `rate` of w; ρ: `decay`, which
-    acts in this trial step only, as in the release), and the chain rule gives a second term,
-    because w' depends on α through g:
+    would reach. One trial step of descent, to w', stands for that training. The chain rule then
+    gives a second term, because w' depends on α through g:
 
         w' = w − ξ·g,   g = ∇_w L(T; w, α) + ρ·w
         dL(V; w', α)/dα = ∇_α L(V; w', α) − ξ·∇²_{α,w} L(T; w, α)·v,   v = ∇_{w'} L(V; w', α)
+
+        ξ     `rate`, the learning rate of w
+        ρ     `decay`, which acts in the trial step only (as in the release)
 
     A second derivative times a vector is a difference of gradients, with ε = 0.01/‖v‖:
 
         ∇²_{α,w} L(T)·v ≈ (∇_α L(T; w + εv, α) − ∇_α L(T; w − εv, α)) / (2ε)
 
     (The release multiplies by ε where it should divide: there the term vanishes.) That makes five
-    passes a step. Without the second-order term it is three; unlike the "first order" of DARTS, α's
-    gradient is still taken at w'.
+    passes a step. Without the second-order term it is three. (DARTS' "first order" also takes α's
+    gradient at w in place of w'; here it is still taken at w'.)
     """
     def __init__(self, model: nn.Module, loss_fn: Callable, ratio: float, extra=(),
                  rate: float = 1e-4, decay: float = 3e-4, clip: float = 5.0,
@@ -121,7 +129,7 @@ class Search:
             m = self.factors(pair, alpha, options)
             for layer, columns in pair.consumers:
                 weight = self.model.get_submodule(layer).weight            # (out, in, ...)
-                of_column = m.repeat_interleave(columns.shape[1])          # in attention: all heads
+                of_column = m.repeat_interleave(columns.shape[1])    # attention: j of every head
                 scale = m.new_ones(weight.shape[1])
                 scale = scale.index_copy(0, columns.flatten().to(m.device), of_column)
                 by_input = [1] * weight.ndim
@@ -202,8 +210,8 @@ class Search:
         return loss
 
     def widths(self, budget: "Budget | None" = None) -> dict[str, int]:
-        """{pair name: channels to keep}, all heads counted: each pair's largest α of the best
-        remembered state, or the best choice within a budget.
+        """{pair name: channels to keep}, all heads counted: each pair's largest α of the best state
+        that `hold` has seen (before that: of the random start), or the best choice within a budget.
         """
         scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()   # (pairs, 6)
         names = [pair.name for pair in self.pairs]
@@ -263,7 +271,7 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     """Which candidate k each pair takes, so that Σ scores[pair, k] is largest within the budget.
 
     Our addition to the paper: a knapsack, solved exactly on a grid of `bins` costs, among the
-    choices that cost 99 to 100 % of the limit. scores: (pairs, 6).
+    choices that cost 99 to 100 % of the limit. scores: (pairs, 6), log softmax(α).
     ValueError: no choice of candidates costs so much or so little.
     """
     smallest = {name: min(options) for name, options in zip(names, sizes)}

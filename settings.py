@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's numbers. The defaults are the paper's for DRN; where another network has another
-    number, it is named. "Section" is one of DRC (arXiv 2207.07929), "release" its authors' code,
-    "ours" a choice of this project.
+    """One run's numbers. The defaults are the paper's for DRN; those of other networks are named
+    after them. "Section" is one of DRC (arXiv 2207.07929), "release" its authors' code, "ours" a
+    choice of this project.
 
     A patch is the side in pixels of a square cut from an original, a batch the number of patches
     in a step. A rate is a learning rate, for losses in the network's own range (Adam's, except
@@ -30,7 +30,8 @@ class Settings:
     scale: int = 4                    # upscaling factor
     preset: str = ""                  # quick, default or paper: where the numbers below come from
     prune: float = 0.0                # R in [0, 1): the widest candidate of a layer keeps 1 − R of
-    #                                   its hidden channels, the narrowest half of that; 0: no cut
+    #                                   its hidden channels, the narrowest half of that, rounded to
+    #                                   multiples of `round`; 0: no cut
     budget: tuple[str, float] | None = None  # ("params" or "madds", the part of it to keep; ours)
     round: int = 4                    # widths are multiples of this (in attention: those of a
     #                                   head); release: 4, and 8 suits GPUs
@@ -72,7 +73,7 @@ class Settings:
     search_rate: float = 1e-4         # of the weights, release; SwinIR, DAT: 2e-4, DCLS: 1e-5
     alpha_rate: float = 3e-4          # of the numbers α that choose the widths, release
     alpha_decay: float = 1e-3         # weight decay of the α's, release
-    search_decay: float = 3e-4        # weight decay in the virtual step, release; others: 0
+    search_decay: float = 3e-4        # weight decay in the trial step, release; others: 0
     search_clip: float = 5.0          # largest norm of the weights' gradient; release; DCLS: 0.1
     first_order: bool = False         # leave the second-order term out (DARTS offers it, too): 3
     #                                   passes a step, not 5

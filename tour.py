@@ -42,7 +42,7 @@ class EDSR(Backbone):
         self.bicubic = nn.Upsample(scale_factor=scale, mode="bicubic")
         self.dual_spec = ((scale, 1, 16),)      # one dual, from ×2 down to ×1, 16 channels wide
 
-    def forward(self, low):                     # (N, 3, H, W) in 0..1 -> (N, 3, 2H, 2W)
+    def forward(self, low):                     # (N, 3, H, W) in 0..1 -> {2: (N, 3, 2H, 2W)}
         x = self.head((255 * low).to(self.head.weight.dtype))
         x = self.tail((x + self.body(x)).to(self.tail[1].weight.dtype))
         return SR({self.scale: self.bicubic(low) + x / 255})
@@ -56,8 +56,8 @@ class EDSR(Backbone):
                 for b, (name, width) in enumerate(self.widths.items())]
 
 
-# Two entries make it known: its sizes, and its settings. (In models.py and settings.py all commands
-# find them. From here: python -c "import tour, train; train.main()" --arch edsr --scale 2 ...)
+# Two entries make it known: its sizes, and its settings. Put yours into models.py and settings.py,
+# where all commands find them: python train.py --arch edsr --scale 2 --prune 0.4
 models.PRESETS["edsr"] = (EDSR, {2: dict(feats=16, blocks=4)})
 PRESETS["edsr", "quick"] = S = replace(
     PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3, search_steps=12,
@@ -70,7 +70,7 @@ def fit(model, duals, batches, loss_fn, steps, rate):
     for k, batch in zip(range(steps), batches):
         optimiser.param_groups[0]["lr"] = train.scheduled(S, rate, k, steps)
         optimiser.zero_grad()
-        loss_fn(model(batch.images[1]), batch).backward()
+        loss_fn(model(batch.images[1]), batch).backward()    # 1: the scale of the small images
         optimiser.step()
 
 
@@ -84,7 +84,7 @@ train on "dead leaves", pictures drawn from a seed: first without the dual (λ =
     batches = partial(data.batches, pictures, S.patch, S.batch, S.seed)
     photograph = data.photographs((1, 2))[:1]
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, 2), photograph)}
-    for name, weight in ("without dual", 0), ("dense", 0.1):
+    for name, weight in ("without dual", 0), ("dense", 0.1):       # the second is used further on
         torch.manual_seed(S.seed)
         model = models.build("edsr", 2)
         duals = dual.make_duals(model)
@@ -102,15 +102,15 @@ loss is lower: by about 0.1, the rate of Adam here. At the real 3e-4, 12 steps s
     before = [round(m, 2) for m in searcher.factors(*block0).tolist()]
     stream = batches()
     for _ in range(S.search_steps):
-        searcher.step(next(stream), next(stream))      # for w, for α: train.py has other pictures
-    searcher.hold([next(stream)])                      # remembers these α's: widths() reads them
+        searcher.step(next(stream), next(stream))      # one batch trains the weights, one the α's
+    searcher.hold([next(stream)])                      # widths() reads the α's remembered here
     after = [round(m, 2) for m in searcher.factors(*block0).tolist()]
     print(f"Block 0 has 16 channels and may keep one of {block0[2]}. Its m_j before:\n{before}\n"
-          f"after {S.search_steps} steps:\n{after}\nThe likeliest widths: {searcher.widths()}")
+          f"after {S.search_steps} steps:\n{after}\nThe largest α belong to {searcher.widths()}")
     print("""
 3 SELECT (Section 4.2; prune.py): which channels, and not by their norms. The weight that takes them
-in, body.b.2, is set to zero. Round by round, the channel whose gradient there is largest gets its
-weights back, and all that are back are tuned. In block 0 (loss: L_DR + distance to dense):""")
+in, body.b.2, is set to zero. Its gradient tells which channel is missed most: that one gets its
+weights back, all that are back are tuned, and so on. Block 0 (loss: L_DR + distance to dense):""")
     rounds = []
     selected = copy.deepcopy(model)
     kept = prune.select(selected, [next(stream), next(stream)], loss_fn, searcher.widths(),

@@ -275,11 +275,11 @@ def select_and_cut(run: Run, settings: Settings, device, pictures, dense: dict,
                         pictures[:settings.calibration_pictures])) as batches:
         calibration = list(islice(batches, settings.select_batches))
     selection = Selection(model)
-    with run.resumable("select", len(widths), dict(selection=selection), "layer") as (_, done):
+    with run.resumable("select", len(widths), dict(selection=selection), "layer") as (_, count):
 
-        def on_pair(pair, kept, losses):
+        def on_pair(pair, kept, rounds):
             selection.kept = kept
-            done(len(kept))
+            count(len(kept))
 
         kept = prune.select(
             model, calibration, native_loss(settings, model, duals), widths,
@@ -302,13 +302,12 @@ def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict)
         if isinstance(module, nn.BatchNorm2d):
             module.eval()            # statistics of training are better than those of few patches
     model.set_drop_path(settings.drop_path)
-    # L_DR + distill_weight · distance to the teacher
     dr_loss = native_loss(settings, model, duals)
-
-    def loss_fn(out, batch):
-        return dr_loss(out, batch) + settings.distill_weight * distance(batch.images[1], out)
-
     with dual.distillation(model, teacher) as distance:
+
+        def loss_fn(out, batch):
+            return dr_loss(out, batch) + settings.distill_weight * distance(batch.images[1], out)
+
         model = fit(run, "tune", settings, device, pictures, model, duals, settings.tune_steps,
                     settings.tune_rate, loss_fn)
     return run.finish("tune", models.checkpoint(model, duals), started, steps=settings.tune_steps)

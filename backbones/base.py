@@ -43,7 +43,7 @@ class Pair(NamedTuple):
     name: str                                  # for people and channel files: "up0.rcab12"
     block: str                                 # module that holds the pair: "up_blocks.0.12".
     #                                            What ran before that module never changes while
-    #                                            the pair is being selected (see prune.select).
+    #                                            the pair is being selected ("replay" in prune.py).
     width: int                                 # channels to choose among; in attention, per head
     producers: tuple[tuple[str, Tensor], ...]  # (module name, rows (width, r) of weight and bias)
     consumers: tuple[tuple[str, Tensor], ...]  # (module name, columns (width, c) of its weight)
@@ -88,7 +88,7 @@ class Backbone(nn.Module, ABC):
     feature = ""                     # module whose input distillation compares (student and teacher
     #                                  may differ in width); "": it compares the images
     # The duals of this backbone, (from scale, to scale, hidden channels) each. Their width is the
-    # release's: F for DRN, 16 for the others.
+    # release's: `feats` for DRN, 16 for the others.
     dual_spec: tuple[tuple[int, int, int], ...] = ()
 
     def __init__(self, config: dict, widths: dict[str, int] | list[int] | None):

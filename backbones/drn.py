@@ -3,17 +3,18 @@
 A bicubic enlargement goes down to the low resolution and up again, and an image leaves at every
 size. At ×4, with F features and B residual blocks (RCABs) per up block:
 
-    low -bicubic ×4-> sub_mean -> head   (F)
-                                   |--copy-----------------------------------------.
-                                 down 0  (2F)                                      |
-                                   |--copy------------------.                      |
-                                 down 1  (4F) -> tail 0     |                      |
-                                   |             = scale 1  |                      |
-                                   '-> B RCABs, up 0 (2F) -(++)-> tail 1           |
-                                                            | = scale 2            |
-                                                            '-> B RCABs, up 1 (F) -(++)-> tail 2
-                                                                                   = scale 4
-    (++): concatenates channels.   up: conv 3×3, PixelShuffle(2), conv 1×1
+    layers                              channels    size    an image leaves by
+    bicubic ×4, sub_mean, head             F         ×4
+    down 0                                2F         ×2
+    down 1                                4F         ×1     tail 0, at scale 1
+    up_blocks 0:  B RCABs                 4F         ×1
+                  up                      2F         ×2
+    ... and a copy of down 0's output     4F         ×2     tail 1, at scale 2
+    up_blocks 1:  B RCABs                 4F         ×2
+                  up                       F         ×4
+    ... and a copy of head's output       2F         ×4     tail 2, at scale 4
+
+    down: conv 3×3 of stride 2, conv 3×3      up: conv 3×3, PixelShuffle(2), conv 1×1
 
 Prunable: the width inside every down block, inside every RCAB, and between the 3×3 and the 1×1 of
 every up. Read train.py next; the next backbone is swinir.py.
@@ -47,7 +48,7 @@ class DownBlock(nn.Module):
         super().__init__()
         first = conv(channels, hidden, stride=2, bias=False)
         second = conv(hidden, outputs, bias=False)
-        # The release nests them so; its state-dict names are "dual_module.0.0", "dual_module.1".
+        # The release nests and names them so: "dual_module.0.0", "dual_module.1". No dual is meant.
         self.dual_module = nn.Sequential(nn.Sequential(first, nn.LeakyReLU(0.2)), second)
 
     def forward(self, x: Tensor) -> Tensor:

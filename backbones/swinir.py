@@ -249,7 +249,11 @@ class SwinIR(Transformer):
         return result
 
     def attention_pair(self, name: str, block: str) -> Pair:
-        """Index j of every head: its rows of q, of k and of v; its input columns of proj."""
+        """Index j of every head: its rows of q, of k and of v; its input columns of proj.
+
+        They go together because one layer makes q, k and v, all of the same width in every head.
+        Search and selection look at proj's columns only, that is, at what v_j is good for.
+        """
         heads = self.config["heads"]
         width = self.widths[name]                                          # of all heads together
         columns = torch.arange(width).view(heads, -1).t()                  # (head width, heads)

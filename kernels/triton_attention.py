@@ -31,7 +31,7 @@ from kernels.attention import padding
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 LOG2E = tl.constexpr(1.4426950408889634)              # log₂ e
 
-# These change with the picture: not worth a compilation for every value.
+# These change with the picture. Triton would compile again for a 1 and for multiples of 16.
 RUN_TIME = ["H", "W", "rows", "columns", "dy", "dx", "windows", "programs"]
 
 
@@ -85,7 +85,8 @@ def bias_tile(table, query, key, STRIDE: tl.constexpr,
               WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
     """(queries, keys) of one head's table, whose entries lie STRIDE numbers apart.
 
-    The entry (Δy + h−1)·(2w−1) + (Δx + w−1) is a number of the query minus a number of the key.
+    The entry (Δy + h−1)·(2w−1) + (Δx + w−1) is of_query − of_key, two numbers that depend on the
+    query alone and on the key alone: one subtraction for each score.
     """
     PITCH: tl.constexpr = 2 * WINDOW_W - 1
     of_query = (query // WINDOW_W + WINDOW_H - 1) * PITCH + query % WINDOW_W + WINDOW_W - 1
@@ -95,7 +96,7 @@ def bias_tile(table, query, key, STRIDE: tl.constexpr,
 
 @triton.jit
 def exp_minus(x, y):
-    """exp(x − y) for x (m, n) and y (m): a GPU has powers of two only, eˣ = 2^(x·log₂e)."""
+    """exp(x − y) for x (m, n) and y (m). A GPU has an instruction for 2ˣ only: eˣ = 2^(x·log₂e)."""
     return tl.exp2(x * LOG2E - (y * LOG2E)[:, None])
 
 

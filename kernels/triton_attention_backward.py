@@ -17,7 +17,8 @@ The gradient of a table entry is the sum of dbias over the pairs (query, key) th
 
 A sum over windows is split among programs; each writes its own (dbias_sums), and PyTorch adds them
 up in a fixed order. Nothing is added atomically: on one kind of GPU the same input gives the same
-bits. (How many programs share a sum depends on the number of its multiprocessors.)
+bits. (How many programs share a sum depends on the number of the GPU's multiprocessors.) The
+padding adds nothing: dout is read as 0 there, so dP, delta and dS are 0.
 """
 import torch
 import triton

@@ -243,6 +243,20 @@ def test_with_widths_is_a_network_of_the_same_kind(tiny):
     assert smaller.with_widths(None).widths == model.widths
 
 
+@pytest.mark.parametrize("tiny", TINY)
+def test_the_blind_network_and_no_other_estimates_a_blur_kernel(tiny):
+    model, _ = tiny()
+    low = torch.rand(2, 3, 9, 8)
+    if tiny is tiny_dcls:
+        side = model.kernel_size
+        assert side > 0
+        assert model.estimate(low).shape == (2, 1, side, side)
+        return
+    assert model.kernel_size == 0
+    with pytest.raises(NotImplementedError, match=f"{model.arch} is not blind: it estimates no"):
+        model.estimate(low)
+
+
 # ---- shared layers ------------------------------------------------------------------------------
 def test_upsample_is_its_layers_one_after_another():
     up = Upsample((4, 5, 3), (5, 3, 2))

@@ -15,7 +15,7 @@ from backbones.base import SR
 from data import Picture
 from degradation import degrade_picture
 from pictures import picture, same_images, save
-from tiny import ROOT
+from tiny import ROOT, same
 
 SCRIPT = {**os.environ, "PYTHONPATH": str(ROOT)}  # of a script that imports data
 
@@ -274,10 +274,6 @@ def take(pictures, number, seed=1, start=0):
     return list(itertools.islice(data.batches(pictures, 32, 4, seed, start), number))
 
 
-def equal(a, b):
-    return all(torch.equal(a.images[s], b.images[s]) for s in a.images)
-
-
 def places(images):
     """Row and column that the red and green of (N, 3, h, w) say, int64 (N, 2, h, w)."""
     return (images[:, :2] * 255).round().long()
@@ -319,10 +315,10 @@ def test_crops_reach_every_corner():
 
 def test_batches_repeat_and_continue():
     steps = take(located(), 6)
-    assert all(equal(a, b) for a, b in zip(steps, take(located(), 6), strict=True))
-    assert all(equal(a, b) for a, b in zip(steps[4:], take(located(), 2, start=4), strict=True))
-    assert not equal(steps[0], steps[1])
-    assert not equal(steps[0], take(located(), 1, seed=2)[0])
+    assert all(same(a, b) for a, b in zip(steps, take(located(), 6), strict=True))
+    assert all(same(a, b) for a, b in zip(steps[4:], take(located(), 2, start=4), strict=True))
+    assert not same(steps[0], steps[1])
+    assert not same(steps[0], take(located(), 1, seed=2)[0])
 
 
 @pytest.mark.parametrize("pictures, patch, batch, seed, start, words", [
@@ -354,7 +350,7 @@ def test_to_device_keeps_the_values_and_closes_the_stream():
     below = stream()  # held here, or it would be closed by being dropped
     source = data.to_device(below, torch.device("cpu"))
     batch = next(source)
-    assert equal(batch, take(located(), 1)[0])
+    assert same(batch, take(located(), 1)[0])
     for x in batch.images.values():
         assert x.is_contiguous(memory_format=torch.channels_last)
     source.close()

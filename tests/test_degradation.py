@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import data
 import degradation
-from backbones.base import SR
 from bicubic import resize
+from tiny import same
 
 
 def seeded(seed):
@@ -180,11 +180,6 @@ def pictures():
     return data.generate(3, 128, (1, 2), 0, workers=1)
 
 
-def equal(a: SR, b: SR):
-    same_images = all(torch.equal(a.images[s], b.images[s]) for s in (1, 2))
-    return same_images and torch.equal(a.kernel, b.kernel)
-
-
 def take(pictures, number, seed=5, start=0):
     source = degradation.blind(data.batches(pictures, 48, 2, 5, start), 11, seed, start)
     return list(itertools.islice(source, number))
@@ -203,7 +198,7 @@ def test_blind_batches_keep_the_originals_and_replace_the_input(pictures):
 def test_blind_batches_continue(pictures):
     first = take(pictures, 4)
     again = take(pictures, 2, start=2)
-    assert all(equal(a, b) for a, b in zip(first[2:], again, strict=True))
+    assert all(same(a, b) for a, b in zip(first[2:], again, strict=True))
     other = take(pictures, 1, seed=6)
     assert not torch.equal(other[0].kernel, first[0].kernel)
 

@@ -85,13 +85,13 @@ def test_half_a_line_in_the_log_does_no_harm(run, photos):
 def test_the_table(run, capsys):
     run.write_json("report.json", {
         "bicubic": dict(psnr=30.27551, ssim=0.80654, seconds=0.009),
-        "dense": dict(psnr=31.2259, ssim=0.82556, seconds=7.119, params=4_804_065,
+        "dense": dict(psnr=31.2259, ssim=0.82556, seconds=7.119, params=1_234_567,
                       madds=109_922_000_000, madds_720p=687_012_000_000)})
     report.print_table(run)
     assert capsys.readouterr().out == f"""
             PSNR-Y    SSIM  parameters  MAdds 96x96  MAdds 720p  s/image
 bicubic     30.276  0.8065           -            -           -     0.01
-dense       31.226  0.8256   4,804,065     109.92 G     687.0 G     7.12
+dense       31.226  0.8256   1,234,567     109.92 G     687.0 G     7.12
 
 {run.folder}/: report.json
 """

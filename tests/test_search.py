@@ -150,15 +150,16 @@ def test_alpha_gradients_are_the_releases(case):
     assert all(torch.equal(a, b) for a, b in zip(weights, searcher.weights))
 
 
-def test_the_first_step_of_adam_moves_by_the_learning_rates():
-    """Adam's first step is rate · sign(gradient): 3e-4 for every α, `rate` for every weight."""
+@pytest.mark.parametrize("options, alpha_rate", [({}, 3e-4), (dict(alpha_rate=0.1), 0.1)])
+def test_the_first_step_of_adam_moves_by_the_learning_rates(options, alpha_rate):
+    """Adam's first step is rate · sign(gradient): `alpha_rate` for an α, `rate` for a weight."""
     model, duals = tiny_drn()
-    searcher = search.Search(model, native_loss(duals), 0.3, rate=2e-3)
+    searcher = search.Search(model, native_loss(duals), 0.3, rate=2e-3, **options)
     alphas = torch.stack(searcher.alphas).detach()
     weight = model.head.weight.detach().clone()
     searcher.step(pooled_batch(0, 1, 8), pooled_batch(1, 1, 8))
     moved = (torch.stack(searcher.alphas).detach() - alphas).abs()
-    assert torch.allclose(moved[1:], torch.full_like(moved[1:], 3e-4), rtol=1e-2)
+    assert torch.allclose(moved[1:], torch.full_like(moved[1:], alpha_rate), rtol=1e-2)
     assert (model.head.weight - weight).abs().median().item() == pytest.approx(2e-3, rel=1e-3)
 
 

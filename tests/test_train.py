@@ -1,5 +1,6 @@
 """The command as a user gives it: from nothing to a report, stopped and continued anywhere."""
 import json
+import math
 import resource
 import shutil
 import signal
@@ -235,7 +236,8 @@ def test_a_run_of_an_older_version_is_refused(finished, monkeypatch, capsys, tmp
     assert code == 2
     assert not output
     assert errors == (f"error: {folder} was made by another version of this program, its "
-                      f"config.json has other entries: give another folder with --run\n")
+                      f"config.json is missing or has other entries: give another folder with "
+                      f"--run\n")
 
 
 def test_flags_can_be_corrected_before_any_work_is_done(photos, monkeypatch, capsys, tmp_path):
@@ -351,7 +353,9 @@ def test_a_blind_run_sees_kernels_in_all_stages_and_continues(tmp_path, monkeypa
     assert code == 0, errors
     assert (per_stage["train"], per_stage["tune"]) == (5, 2)
     assert per_stage["search"] == 5 + 4              # the passes of one step, held-out batches
-    assert per_stage["select"] >= len(weights(whole, "select")["kept"])
+    # In each layer one pass for the first scores, and one for each round of up to 16 channels.
+    rounds = [math.ceil(len(order) / 16) for order in weights(whole, "select")["kept"].values()]
+    assert per_stage["select"] == 2 * sum(1 + n for n in rounds)             # 2 batches a pass
 
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     save, steps = run.Run.save, []

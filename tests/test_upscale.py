@@ -255,6 +255,28 @@ def test_earlier_results_and_doubles_are_left_out(here):
     assert [str(job.source) for job in jobs] == ["a.png", "a_x4.png"]   # asked for by name
 
 
+def test_a_folder_given_again_brings_no_result_of_the_call_before(here):
+    """Neither as a picture to enlarge nor, without --force, as one to overwrite."""
+    save(here / "set" / "a.png", picture(4, 4))
+    [job] = files.plan(["set"], None, 4, False)
+    save(job.target, picture(16, 16))
+    result = str(job.target)
+    assert result == "set/a_x4.png"
+    with pytest.raises(WrongUsage, match="set/a_x4.png exists already"):
+        files.plan(["set"], None, 4, False)
+    assert files.plan(["set"], None, 4, True) == [job]
+    assert targets(["set"], "large") == {"set/a.png": "large/a_x4.png"}
+    # named itself, it is a picture like any other
+    assert targets([result], None) == {result: "set/a_x4_x4.png"}
+    assert targets(["set", result], "large") == {
+        "set/a.png": "large/a_x4.png", result: "large/a_x4_x4.png"}
+
+
+def targets(given, output) -> dict:
+    """{picture: where its enlargement goes}."""
+    return {str(job.source): str(job.target) for job in files.plan(given, output, 4, False)}
+
+
 @pytest.mark.parametrize("given, output, words", [
     (["a.png", "set/a.png"], "out", "both be written"),
     (["a.png", "set/a.png"], "one.png", "one file"),

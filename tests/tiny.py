@@ -1,5 +1,5 @@
-"""What the tests share: golden numbers, small networks with golden weights, small batches, and a
-command or a file as it may come from anybody.
+"""What the tests share: golden numbers, small networks with golden weights, small batches, how to
+run a command, and a file that wants to do harm.
 
 The "golden numbers" in golden/ are outputs of the authors' own code, for weights and images that
 come from a deterministic rule (golden/rule.py), so that both sides can make them anew.
