@@ -180,8 +180,7 @@ class Search:
             _, minus = self.gradient(batch_t, self.alphas)
         result = []
         for first, above, below in zip(direct, plus, minus):
-            second = (above - below) / (2 * epsilon)
-            result.append(first - self.rate * second)
+            result.append(first - self.rate * (above - below) / (2 * epsilon))
         return loss, result
 
     def step(self, batch_t, batch_v) -> tuple[float, float]:
