@@ -9,7 +9,8 @@ family of networks:
 
 The rates, clips and steps of default and quick were found by trial on CPUs, with generated pictures
 (none of the default presets has been run to its end yet). What says only where and with what to
-work (device, memory, kernels, test pictures, run folder) is no setting; see flags.py.
+work (device, memory, kernels, test pictures, run folder) is no setting; see flags.py. Begin with
+train.py, which shows what the numbers are for.
 """
 import math
 from dataclasses import dataclass, replace

@@ -135,7 +135,8 @@ def backward_256_kernel(
     """A program takes one window and head, all queries, and the keys BLOCK_N at a time.
 
     As all queries are there, dk and dv of a step are complete at once; dq grows from step to step.
-    A row of P is never complete, so delta comes from out and dout.
+    A row of P is never complete, so delta comes from out and dout. The mask is applied in every
+    window, for the reason above.
     """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
@@ -199,7 +200,10 @@ def dbias_256_kernel(
         PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr,       # queries of a tile
         BLOCK_N: tl.constexpr):      # keys of a tile
-    """A program takes one head and one tile of scores, and goes from window to window."""
+    """A program takes one head and one tile of scores, and goes from window to window.
+
+    Here there are registers enough to ask whether a window is at an edge.
+    """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     TILES: tl.constexpr = (N // BLOCK_M) * (N // BLOCK_N)
