@@ -183,7 +183,10 @@ def torch_path(
         x = part.flatten(3)                                           # (B, H, W, 3·heads·d)
         if down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        bias = table.t()[:, offsets(h, w, qkv.device)].to(qkv.dtype)  # (heads, n, n)
+        # table[offsets] would do, but its backward pass adds in any order where threads share it.
+        entry = offsets(h, w, qkv.device)                             # (n, n)
+        bias = table.index_select(0, entry.flatten()).unflatten(0, entry.shape)
+        bias = bias.permute(2, 0, 1).contiguous().to(qkv.dtype)       # (heads, n, n)
         x = attend_shifted(x, bias, h, w, dy, dx, scale) if dy else attend(x, bias, h, w, scale)
         results.append(x[:, :H, :W])
     return torch.cat(results, 3) if crossed else results[0]

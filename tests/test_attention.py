@@ -185,6 +185,22 @@ def test_what_inference_has_cached_serves_training():
         attention_results(path, *case)
 
 
+def test_the_gradient_of_the_table_has_a_fixed_order():
+    """Up to 256 pairs read an entry. Where several threads sum up the gradient of table[offsets],
+    they race: with DAT's windows about one call in 40 gave other bits, on two busy cores.
+    """
+    qkv, table, _, settings = attention_case(1, 8, 32, 3, 4, (8, 32), device="cpu")
+    out = attention.torch_path(qkv, table.requires_grad_(), **settings)
+    seen = set()
+    waiting = [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        seen.add(type(node).__name__)
+        waiting += [parent for parent, _ in node.next_functions if parent]
+    assert "IndexSelectBackward0" in seen
+    assert not any(name.startswith(("IndexBackward", "IndexPut")) for name in seen)
+
+
 # ---- the kernels against float64 ----------------------------------------------------------------
 @needs_triton
 @pytest.mark.parametrize("name", SHAPES)
