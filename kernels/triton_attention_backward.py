@@ -112,7 +112,7 @@ def backward_64_kernel(
 
 # ---- 2. windows of 256 tokens: dq, dk, dv -------------------------------------------------------
 # For a window and head of d = 30 in bfloat16: 123 KB read and written, 20 MFLOP in five products,
-# 65,536 exponentials.
+# 65,536 exponentials. Here, too, the mask is applied in every window, for want of registers.
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_256_kernel(
         qkv,                         # as above
@@ -135,8 +135,7 @@ def backward_256_kernel(
     """A program takes one window and head, all queries, and the keys BLOCK_N at a time.
 
     As all queries are there, dk and dv of a step are complete at once; dq grows from step to step.
-    A row of P is never complete, so delta comes from out and dout. The mask is applied in every
-    window, for the reason above.
+    A row of P is never complete, so delta comes from out and dout.
     """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
