@@ -14,7 +14,8 @@ what P predicts comes back to x (DRN eq. 3, DRC eq. 2):
 
 Of two predictions with the same distance to the truth, the one that shrinks back to x wins. D sees
 only predictions, never the truth. D is learned and not simply the bicubic reduction, because in
-real data nobody knows how the small image was made.
+real data nobody knows how the small image was made. (P and D cannot agree on some code by which x
+hides in P(x): the first term holds P to the true image, and D is only a few small convolutions.)
 
 Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
 backbones (backbones/base.py, to be read next), and what the losses are used for (prune.py,

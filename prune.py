@@ -5,10 +5,12 @@
     select   which ones: the channels whose weights get the largest gradients of the loss
     cut      removes the others from the weights
 
-Why the gradient? While a channel is out, its weights in the layer that takes it in are zero, and
-their gradient says how fast the loss would fall if they came back. The channel where it is largest
-is missed most. The loss is that of training, plus the distance between this layer's output and what
-it put out before any pruning: it tells what the layer lacks, even where the image hides it.
+Why the gradient? While a channel is out, its weights in the layer that takes it in are zero. The
+norm of their gradient says how strongly the loss asks for some weight there, in whatever direction:
+the channel where it is largest is missed most. (It is a score and no forecast: what comes back is
+the pretrained weight, and is then tuned.) The loss is that of training, plus the distance between
+this layer's output and what it put out before any pruning, which tells what the layer lacks even
+where the image hides it.
 
 The unit is a `Pair` (backbones/base.py): a hidden width, the layers that make it, the layers that
 consume it. The width of the trunk, where skip connections run, never changes. A network is known
@@ -16,20 +18,21 @@ here by `pairs()`, `forward` and `with_widths` only; the loss is handed in as `l
 both are `SR`, what the network returned and what it should have. In DRC it is `dual.native_loss`,
 in the network's own range (255·L_DR for DRN), and the learning rates below refer to that.
 
-Not here: the loss, batches, fine-tuning (train.py). tour.py shows all of it on a small network.
-Read backbones/drn.py next.
+Not here: the loss, batches, fine-tuning (train.py), and how a pass over finished blocks is saved
+(replay.py, the same numbers in half the time). tour.py shows all of it on a small network. Read
+backbones/drn.py next.
 """
 import copy
-from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replay import advance, ahead_of, by_module, called_once, collecting, replaying, run_to
 from search import (
     FRACTIONS,
     Budget,
@@ -60,7 +63,7 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     rate         of the SGD that tunes the selected weights (release: DRN 5e-5, SwinIR 1e-4)
     per_round    channels taken per scoring; 1 is the paper
     reuse        score with the gradients of the last tuning pass; False is the paper
-    replay       do not run finished blocks again: the same numbers to the last bit, see `replaying`
+    replay       do not run finished blocks again: the same numbers to the last bit, see replay.py
     original     the network before any pruning (default: a copy of `model` as it is)
     done         {name: order} of pairs that `model` has behind it: continues a stopped selection
     on_pair      called after each pair with (pair, all that is kept so far, its rounds: for each
@@ -73,35 +76,42 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     kept = dict(done or {})
-    # outputs of finished blocks, {module name: output}, a dict for each batch
-    all_stored = [{} for _ in calibration]
-    all_stored_original = [{} for _ in calibration]
+    cases = [Case(batch, {}, {}) for batch in calibration]
     once = called_once(original, calibration[0].images[1][:1]) if replay else set()
     for block, pairs in groupby(model.pairs(), lambda pair: pair.block):
         for pair in pairs:
             if pair.name in kept:
                 continue
-            losses = []
-            for batch, stored, stored_original in zip(calibration, all_stored,
-                                                      all_stored_original):
-                targets = features(original, pair, batch, stored_original)
-                if replay:
-                    stored = stored | ahead_of(model, pair, batch, stored)
-                losses.append(partial(pair_loss, model, pair, batch, by_module(model, stored),
-                                      targets, loss_fn))
+            losses = [loss_of(case, model, original, pair, loss_fn, replay) for case in cases]
             n = widths[pair.name] // pair.heads
             kept[pair.name], rounds = select_pair(model, pair, n, losses, rate, per_round, reuse)
             silence(model, pair, kept[pair.name])
             if on_pair:
                 on_pair(pair, kept, rounds)
         if replay:
-            for batch, stored, stored_original in zip(calibration, all_stored,
-                                                      all_stored_original):
-                advance(model, block, batch, stored, once)
-                advance(original, block, batch, stored_original, once)
+            for case in cases:
+                advance(model, block, case.batch, case.stored, once)
+                advance(original, block, case.batch, case.stored_original, once)
     for parameter in trainable:
         parameter.requires_grad_()
     return kept
+
+
+class Case(NamedTuple):
+    """A calibration batch, and what finished blocks put out for it; see replay.py."""
+    batch: NamedTuple                # an SR
+    stored: dict                     # {module name: output} of the network being pruned
+    stored_original: dict            # and of the original
+
+
+def loss_of(case: Case, model: nn.Module, original: nn.Module, pair, loss_fn: Callable,
+            replay: bool) -> Callable:
+    """A function without arguments: L of this batch, with the pair's weights as they are then."""
+    targets = features(original, pair, case.batch, case.stored_original)
+    stored = case.stored
+    if replay:
+        stored = stored | ahead_of(model, pair, case.batch, stored)
+    return partial(pair_loss, model, pair, case.batch, by_module(model, stored), targets, loss_fn)
 
 
 def features(network: nn.Module, pair, batch, stored: dict) -> list[Tensor]:
@@ -218,138 +228,6 @@ def silence(model: nn.Module, pair, kept: list[int]) -> None:
         module.weight[at] = 0
         if module.bias is not None:
             module.bias[at] = 0
-
-
-# ---- replay: what ran before the pair is not run again ------------------------------------------
-# While a pair is selected, only weights of its block change, the calibration batches are fixed, and
-# in evaluation mode nothing is random: whatever ran before gives the same output in every pass. So
-# the output of every finished block is stored once per batch, and from then on the block returns it
-# in place of running. Nothing is approximated: the same operations on the same numbers follow.
-# What this asks of a network is the first of the traps in backbones/base.py.
-@contextmanager
-def replaying(stored: list[tuple[nn.Module, object]]):
-    """Within it each of the modules returns the output beside it and does not run."""
-    for module, output in stored:
-        module.forward = partial(again, output)
-    try:
-        yield
-    finally:
-        for module, _ in stored:
-            del module.forward               # the class's own forward is visible again
-
-
-def by_module(network: nn.Module, stored: dict) -> list[tuple[nn.Module, object]]:
-    """{name: output} for `replaying`; looking modules up by name in every pass would take time."""
-    return [(network.get_submodule(name), output) for name, output in stored.items()]
-
-
-def again(stored, *inputs):
-    """The stored output; a copy, because what follows may change it in place, as nn.ReLU can."""
-    if isinstance(stored, tuple):
-        return tuple(again(part) for part in stored)
-    return stored if stored is None else stored.clone()
-
-
-@torch.no_grad()
-def ahead_of(network: nn.Module, pair, batch, stored: dict) -> dict:
-    """{name: output} of what precedes the pair's consumer in its nn.Sequential, if it is in one.
-
-    Only the consumer's weights change while channels are chosen, so these are not run again either.
-    Of a chain only the last output is read; the members before it get None, which nobody uses.
-    """
-    parent, _, position = pair.consumers[0][0].rpartition(".")
-    if not isinstance(network.get_submodule(parent), nn.Sequential) or int(position) == 0:
-        return {}
-    names = [f"{parent}.{i}" for i in range(int(position))]
-    with replaying(by_module(network, stored)):
-        output = run_to(network, names[-1], batch.images[1])
-    found = dict.fromkeys(names)
-    found[names[-1]] = output
-    return found
-
-
-@contextmanager
-def collecting(network: nn.Module, pair):
-    """A list that collects what the pair's consumers put out while the block runs."""
-    found = []
-
-    def collect(module, inputs, output):
-        found.append(output)
-
-    hooks = [network.get_submodule(layer).register_forward_hook(collect)
-             for layer, _ in pair.consumers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class Reached(Exception):
-    """Carries a module's output out of the forward pass, which ends there."""
-
-
-def run_to(network: nn.Module, name: str, low: Tensor):
-    """The output of the module `name` for the images `low`; what comes after it is not run."""
-    def leave(module, inputs, output):
-        raise Reached(output)
-
-    hook = network.get_submodule(name).register_forward_hook(leave)
-    try:
-        network(low)
-    except Reached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-    raise ValueError(f"{type(network).__name__}.forward never calls its module {name!r}: selection "
-                     f"needs every block of pairs() to be called as a module")
-
-
-@torch.no_grad()
-def called_once(network: nn.Module, low: Tensor) -> set[str]:
-    """The names of the modules that a forward pass calls once: only these can be replayed."""
-    calls = Counter()
-    hooks = []
-    for name, module in network.named_modules():
-        hooks.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
-    network(low)
-    for hook in hooks:
-        hook.remove()
-    return {name for name, count in calls.items() if count == 1}
-
-
-@torch.no_grad()
-def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str]) -> None:
-    """Adds to `stored` what is finished when `block` is, and drops what no one will read again.
-
-    After up_blocks.0.3 of a DRN, for example, `stored` has outputs for enlarge, sub_mean, head,
-    down.0, down.1, tail.0 (none of them runs again; all but the downs are no blocks) and for
-    up_blocks.0.3. The earlier members of its chain, up_blocks.0.0 to 2, have None: they are not run
-    either, and nobody reads them. Once up_blocks.0 as a whole is finished, it replaces its members.
-    once: see `called_once`.
-    """
-    finished = {}
-
-    def keep(name):
-        def hook(module, inputs, output):
-            finished[name] = output
-        return hook
-
-    hooks = [network.get_submodule(name).register_forward_hook(keep(name))
-             for name in once - stored.keys()]
-    with replaying(by_module(network, stored)):
-        run_to(network, block, batch.images[1])
-    for hook in hooks:
-        hook.remove()
-    for name, output in finished.items():    # inner modules come first, and give way to outer ones
-        parent = name.rpartition(".")[0]
-        in_chain = isinstance(network.get_submodule(parent), nn.Sequential)
-        for other in list(stored):
-            if other.startswith(f"{name}."):
-                del stored[other]
-            elif in_chain and other.rpartition(".")[0] == parent:
-                stored[other] = None         # it is still not to be run
-        stored[name] = output
 
 
 # ---- cut: remove the others ---------------------------------------------------------------------

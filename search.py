@@ -71,8 +71,9 @@ class Search:
 
     Descent on two levels, as in DARTS (arXiv 1806.09055). The first half T of the training images
     trains the weights w, the second half V the α's, which should be good for the w that training
-    would reach. One trial step of descent, to w', stands for that training. The chain rule then
-    gives a second term, because w' depends on α through g:
+    would reach. One trial step of plain descent, to w', stands for that training (as in the
+    release, though the real step, pass 5, is Adam's). The chain rule then gives a second term,
+    because w' depends on α through g:
 
         w' = w − ξ·g,   g = ∇_w L(T; w, α) + ρ·w
         dL(V; w', α)/dα = ∇_α L(V; w', α) − ξ·∇²_{α,w} L(T; w, α)·v,   v = ∇_{w'} L(V; w', α)

@@ -16,7 +16,7 @@ the last bit.
 
 Begin with `main` at the end of this file. Not here: the mathematics (dual.py, search.py, prune.py),
 the numbers (settings.py), the run folder (run.py), flags (flags.py), the report (report.py). Read
-data.py next.
+settings.py next, then data.py.
 """
 import math
 import time
@@ -275,6 +275,7 @@ def select_and_cut(run: Run, settings: Settings, device, pictures, dense: dict,
                         pictures[:settings.calibration_pictures])) as batches:
         calibration = list(islice(batches, settings.select_batches))
     selection = Selection(model)
+    # fills `selection` from a stopped run; count(n) shows and saves that n layers are finished
     with run.resumable("select", len(widths), dict(selection=selection), "layer") as (_, count):
 
         def on_pair(pair, kept, rounds):

@@ -67,10 +67,11 @@ class Backbone(nn.Module, ABC):
 
     Traps, each of which cost somebody an afternoon:
 
-    - Selection replays finished blocks (see prune.py). So every `Pair.block` must be a module that
-      `forward` calls, once in a pass. The members of an nn.Sequential must be run one after another
-      and read by nobody but their successor. (A dense block, which reads all its earlier outputs,
-      belongs in an nn.ModuleList.)
+    - Selection replays finished blocks (replay.py). So every `Pair.block` must be a module that
+      `forward` calls, once in a pass. Where an nn.Sequential holds blocks, or layers in front of a
+      consumer, each of these must be read by nobody but its successor. (Behind the consumer a block
+      may do as it likes, as DRN's RCAB does. A chain of blocks that read all earlier outputs, as in
+      a DenseNet, belongs in an nn.ModuleList.)
     - The order of `pairs()` is the order in which selection works. It must be the order in which
       the forward pass reaches the pairs, those of a block side by side, and `hidden_widths` must
       list the same names in the same order.

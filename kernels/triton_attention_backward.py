@@ -17,8 +17,10 @@ The gradient of a table entry is the sum of dbias over the pairs (query, key) th
 
 A sum over windows is split among programs; each writes its own (dbias_sums), and PyTorch adds them
 up in a fixed order. Nothing is added atomically: on one kind of GPU the same input gives the same
-bits. (How many programs share a sum depends on the number of the GPU's multiprocessors.) The
-padding adds nothing: dout is read as 0 there, so dP, delta and dS are 0.
+bits. (How many programs share a sum depends on the number of the GPU's multiprocessors.)
+
+Of the padding, queries add nothing, since their dout is read as 0. Keys take part: nobody needs
+their dk and dv, but their dS counts in dbias.
 """
 import torch
 import triton
@@ -288,8 +290,8 @@ BACKWARD_256 = {
 }
 
 # The scores, the bias and dbias are 64×64 numbers each. More warps a program mean fewer registers a
-# thread, and so more warps at once on a multiprocessor: in TensorFloat-32 8 warps give 2 programs,
-# 16 warps, where 4 would give 12; in full float32 16 give 16, where 4 would give 8.
+# thread, and so more warps at once on a multiprocessor. TensorFloat-32: 8 a program, 16 at once (4
+# a program: 12 at once). Full float32: 16 a program, 16 at once (4 a program: 8 at once).
 DBIAS_256 = {
     "bf16": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=4, stages=1, registers=168),
     "tf32": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=8, stages=1, registers=128),

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     # the method
     "dual": set(),
     "search": set(),
-    "prune": {"search"},
+    "replay": set(),
+    "prune": {"search", "replay"},
     # the networks
     "kernels": set(),
     "backbones": {"kernels"},

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prune
+import replay
 from backbones.base import Pair
 from backbones.drn import RCAB
 from tiny import (
@@ -283,10 +284,10 @@ def test_only_the_last_output_of_a_chain_is_kept():
     model.eval()
     batch = pooled_batch(0, 1, 8)
     stored = {}
-    once = prune.called_once(model, batch.images[1])
+    once = replay.called_once(model, batch.images[1])
     held = []
     for pair in model.pairs():
-        prune.advance(model, pair.block, batch, stored, once)
+        replay.advance(model, pair.block, batch, stored, once)
         held.append([name for name, output in stored.items() if output is not None])
     # add_mean is called at every scale: it is never replayed
     first = ["enlarge", "sub_mean", "head", "down.0"]
@@ -307,7 +308,7 @@ def test_a_pass_ends_at_the_block_it_is_run_to():
     model(low)
     hook.remove()
     hook = model.tail[0].register_forward_hook(lambda module, x, output: after.append(output))
-    assert torch.equal(prune.run_to(model, "down.1", low), wanted[0])
+    assert torch.equal(replay.run_to(model, "down.1", low), wanted[0])
     hook.remove()
     assert not after
     assert_untouched(model)
