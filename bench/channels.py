@@ -110,11 +110,13 @@ def lasso(G: np.ndarray, n: int) -> list[int]:
     target = G.sum(1)
     size = G.diagonal() + 1e-12 * G.trace()
     beta = np.zeros(len(G))
+    strength = np.zeros(len(G))                                  # |β_j z_j|
     penalty = np.abs(target).max()
-    while np.count_nonzero(beta) < n and penalty > 1e-9 * size.max():
+    # what is below 1e-6 of the strongest is a rounding error
+    while (strength > 1e-6 * strength.max()).sum() < n and penalty > 1e-9 * size.max():
         penalty *= 0.9
         for j in np.tile(np.arange(len(G)), 10):
             rest = target[j] - G[j] @ beta + G[j, j] * beta[j]
             beta[j] = np.sign(rest) * max(abs(rest) - penalty, 0) / size[j]
-    strength = np.abs(beta) * np.sqrt(size)                      # of β_j z_j
+        strength = np.abs(beta) * np.sqrt(size)
     return np.argsort(-strength, kind="stable")[:n].tolist()
