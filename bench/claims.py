@@ -186,7 +186,9 @@ LARGE = 1e6
 
 
 def choose(lab: Lab, recipe: Recipe, network: dict, widths: dict[str, int]) -> dict:
-    """The checkpoint of the network cut to `widths`, with the seconds that choosing took."""
+    """The checkpoint of the network cut to `widths`, with the CPU seconds that choosing took: they
+    do not depend on what else the machine is doing.
+    """
     settings = replace(lab.settings, **dict(recipe.select))
     torch.manual_seed(settings.seed)
     model, duals = train.restore(network, lab.device)
@@ -194,7 +196,7 @@ def choose(lab: Lab, recipe: Recipe, network: dict, widths: dict[str, int]) -> d
     with closing(train.stream(settings, lab.device, model, settings.select_patch,
                               settings.select_batch, lab.pictures)) as batches:
         calibration = list(islice(batches, settings.select_batches))
-    started = time.perf_counter()
+    started = time.process_time()
     if recipe.channels == "L1 norm":
         kept = by_l1_norm(model, widths)
     elif recipe.channels == "random":
@@ -207,7 +209,7 @@ def choose(lab: Lab, recipe: Recipe, network: dict, widths: dict[str, int]) -> d
                                        settings.select_rate)
         kept = prune.select(model, calibration, loss_fn, widths, rate=rate,
                             per_round=settings.per_round, reuse=settings.reuse)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     smaller = prune.cut(model, kept, calibration)
     return dict(models.checkpoint(smaller, duals), seconds=seconds)
 
@@ -276,7 +278,7 @@ def table(rows: dict[str, list[dict]], tests: list[str], timed: bool) -> str:
     compressed = "cut" in reference[0]
     head = [""]
     if timed:
-        head.append("seconds")
+        head.append("CPU seconds")
     if compressed:
         head += ["parameters", "cut"]
     for test in tests:

@@ -367,7 +367,8 @@ def test_layers_that_are_rounded_up_early_are_spread_over_the_network():
     widths = search.uniform_widths(pairs, 0.0, 4, budget)
     wide = [i for i, pair in enumerate(pairs) if widths[pair.name] == 20]
     assert len(wide) == 6
-    assert max(b - a for a, b in zip(wide, wide[1:])) <= 3    # not six in a row
+    assert max(b - a for a, b in zip(wide, wide[1:])) <= 3
+    assert wide[-1] - wide[0] >= 8                            # not six in a row
 
 
 @pytest.mark.parametrize("limit, words", [
