@@ -35,11 +35,8 @@ def teacher_file(text: str) -> str:
     return text
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """(args, settings) of the command line: resources and run folder, and all that decides the run.
-
-    Wrong flags end the process with a sentence and exit code 2.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, without what depends on several of them."""
     parser = argparse.ArgumentParser(description="Train, compress and report: dual regression "
                                      "compression.", allow_abbrev=False)
     natural = number(int, 1)
@@ -51,6 +48,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
              "that (default 0: only train)")
     add("--budget", type=target, metavar="params=F|madds=F",
         help="compress the whole network to this part of its cost")
+    add("--widths", choices=("searched", "uniform"),
+        help="uniform: no search, every layer keeps the same part (default searched)")
     add("--preset", choices=("quick", "default", "paper"),
         help="the numbers below (default: quick without a GPU, default with one)")
     add = parser.add_argument_group("data").add_argument
@@ -72,6 +71,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     add("--patch", type=natural, metavar="N", help="side of an HR training patch in pixels")
     add("--batch", type=natural, metavar="N", help="patches per training step")
     add("--rate", type=positive, metavar="F", help="learning rate of training")
+    add("--dual-weight", type=number(float, 0), metavar="F",
+        help="weight of the way back in L_DR (default 0.1; 0: train without it)")
     add = parser.add_argument_group("compression").add_argument
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,
@@ -87,6 +88,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     add("--kernels", choices=("torch", "triton"),
         help="default: triton where there is a GPU and Triton")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
+    """(args, settings) of the command line: resources and run folder, and all that decides the run.
+
+    Wrong flags end the process with a sentence and exit code 2.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         settings = settle(args)
@@ -126,6 +136,8 @@ def settle(args: argparse.Namespace) -> Settings:
     except ValueError as error:
         raise WrongUsage(f"--scale: {error}") from error
     settings = fitted(settings, args.patch, args.batch)
+    if settings.widths == "uniform" and (args.search_steps or args.first_order):
+        raise WrongUsage("--search-steps and --first-order belong to --widths searched")
     if settings.budget and not settings.prune:
         settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
     check(settings, network)
@@ -146,6 +158,8 @@ def check(settings: Settings, network: nn.Module) -> None:
                          f"patches of a step, give at least 2")
     if (settings.pretrained_dual or settings.channels) and not settings.pretrained:
         raise WrongUsage("--pretrained-dual and --channels belong to --pretrained FILE")
+    if settings.widths == "uniform" and not settings.prune and not settings.budget:
+        raise WrongUsage("--widths uniform compresses nothing by itself: add --prune R or --budget")
 
 
 def fitted(settings: Settings, patch: int | None, batch: int | None) -> Settings:
@@ -172,12 +186,14 @@ def fitted(settings: Settings, patch: int | None, batch: int | None) -> Settings
 
 
 def default_folder(settings: Settings) -> str:
-    """runs/drn_s_x4_p30, or with a budget runs/drn_s_x4_params70."""
+    """runs/drn_s_x4_p30, with a budget runs/drn_s_x4_params70; uniform widths are named, too."""
     if settings.budget:
         kind, part = settings.budget
         suffix = f"{kind}{100 * part:02.0f}"
     else:
         suffix = f"p{100 * settings.prune:02.0f}"
+    if settings.widths == "uniform":
+        suffix += "_uniform"
     return f"runs/{settings.arch}_x{settings.scale}_{suffix}"
 
 

@@ -39,13 +39,18 @@ from search import (
     Search,
     budget_ratio,
     candidates,
+    decision,
     fit_budget,
     importance,
     search,
+    uniform_widths,
+    widen,
+    widenings,
 )
 
-__all__ = ["FRACTIONS", "Budget", "Search", "budget_ratio", "candidates", "cut", "fit_budget",
-           "importance", "search", "select", "silence"]
+__all__ = ["FRACTIONS", "Budget", "Search", "budget_ratio", "candidates", "cut", "decision",
+           "fit_budget", "importance", "search", "select", "silence", "uniform_widths", "widen",
+           "widenings"]
 
 
 # ---- select: which channels ---------------------------------------------------------------------

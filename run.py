@@ -79,7 +79,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str):
         value = kind(text)
         if not low <= value < high:
-            wrong = f"outside [{low}, {high})" if high < math.inf else f"below {low}"
+            wrong = f"outside [{low}, {high})"
+            if high == math.inf:
+                wrong = f"below {low}" if value < low else "no finite number"
             raise argparse.ArgumentTypeError(f"{text} is {wrong}")
         return value
     parse.__name__ = kind.__name__   # argparse then says "invalid float value"
@@ -236,12 +238,14 @@ class Run:
             yield start, done
 
     def repeat(self, stage: str, steps: int, one_step: Callable, batches: Callable,
-               parts: dict) -> None:
+               parts: dict, facts: Callable[[], dict] = dict) -> None:
         """The one training loop. FloatingPointError: the loss is not finite.
 
         one_step: (k, batch) -> loss as a float, for k = 0 .. steps − 1
         batches: the step to start with -> generator of batches
+        facts: what the stage adds to its lines in the log, of which there are at most 100
         """
+        every = max(1, math.ceil(steps / 100))
         with (self.resumable(stage, steps, parts) as (start, done),
               closing(batches(start)) as source):
             for k in range(start, steps):
@@ -250,8 +254,8 @@ class Run:
                     raise FloatingPointError(
                         f"the loss became {loss} in step {k + 1} of {stage}: lower --rate, or look "
                         f"at the data; finished stages are kept in {self.folder}")
-                if (k + 1) % max(1, steps // 100) == 0:
-                    self.log(stage=stage, step=k + 1, loss=round(loss, 4))
+                if (k + 1) % every == 0:
+                    self.log(stage=stage, step=k + 1, loss=round(loss, 4), **facts())
                 done(k + 1, f"loss {loss:.3f}")
 
 

@@ -16,8 +16,10 @@ ratio of 0.3, 29 of the 62 widths of 64 channels keep 44, the most they can, 24 
 
 The layers are given as `Pair`s (backbones/base.py, to be read before this) and the loss as
 `loss_fn(out, batch)`, with what the network returned and the true images. `fit_budget` is ours:
-widths for a given total cost. Not here: which channels are kept. Read prune.py next.
+widths for a given total cost; and so is `uniform_widths`, the same part of every layer without any
+search, which a search has to beat. Not here: which channels are kept. Read prune.py next.
 """
+import bisect
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,6 +222,10 @@ class Search:
         picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
         return {name: options[k] for name, options, k in zip(names, sizes, picks)}
 
+    def chances(self) -> list[list[float]]:
+        """softmax(α) of each pair as it is now, rounded to 4 digits: for the log."""
+        return [[round(p, 4) for p in alpha.softmax(0).tolist()] for alpha in self.alphas]
+
     def state_dict(self) -> dict:
         return dict(weights=[w.detach() for w in self.weights],
                     alphas=[alpha.detach() for alpha in self.alphas], best=self.best,
@@ -233,6 +239,15 @@ class Search:
         self.best = (state["best"][0], list(state["best"][1]))
         self.optimiser.load_state_dict(state["optimiser"])
         self.alpha_optimiser.load_state_dict(state["alpha_optimiser"])
+
+
+def decision(alphas: list[Tensor]) -> str:
+    """A sentence that says how far the search has come from six equal chances."""
+    largest = torch.stack(alphas).softmax(1).amax(1)
+    sure = int((largest > 0.5).sum())
+    return (f"the likeliest of six candidates has a chance of {largest.mean():.2f} on average "
+            f"({1 / len(FRACTIONS):.2f}: undecided, 1: decided), in {sure} of {len(largest)} "
+            f"layers more than one half")
 
 
 def search(model: nn.Module, train: Iterator, valid: Iterator, held_out: list, loss_fn: Callable,
@@ -308,3 +323,82 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
         chosen.append(int(pick[at]))
         at -= steps[chosen[-1]]
     return chosen[::-1]
+
+
+# ---- the same part of every layer ---------------------------------------------------------------
+GOLDEN = (5 ** 0.5 - 1) / 2              # its multiples modulo 1 are spread evenly over 0..1
+
+
+def uniform_widths(pairs: list, ratio: float, multiple: int = 4,
+                   budget: Budget | None = None) -> dict[str, int]:
+    """{pair name: channels to keep}, all heads counted: the same part of every layer, no search.
+
+    Without a budget each layer takes its widest candidate, the part 1 − ratio. With one the part is
+    the largest that the budget allows. Rounding makes layers of equal width change all at once, and
+    much of the budget may be left; so as many layers as it allows are already rounded up as if the
+    part were a little larger, evenly spread over the network (see `widen`). (Ours.)
+    ValueError: no such widths come within 1 % below the budget.
+    """
+    if budget is None:
+        return {pair.name: pair.heads * candidates(pair.width, ratio, multiple)[-1]
+                for pair in pairs}
+    steps = []
+    for i, pair in enumerate(pairs):
+        for n in widenings(pair, multiple):
+            # `candidates` rounds width·part up to n from here on
+            part = (n - (multiple - 1) // 2) / pair.width
+            steps.append((part, GOLDEN * i % 1, pair, n))
+    steps.sort(key=lambda step: step[:2])
+    return widen(pairs, [step[2:] for step in steps], multiple, budget)
+
+
+def widenings(pair, multiple: int) -> range:
+    """The multiples above the narrowest, up to the first that holds all channels of the pair."""
+    return range(2 * multiple, pair.width + multiple, multiple)
+
+
+def widen(pairs: list, steps: list[tuple], multiple: int, budget: Budget) -> dict[str, int]:
+    """The widths after as many steps as the budget allows, beginning with the narrowest layers.
+
+    Where the next step costs too much, cheaper ones behind it are taken, one for a pair, until the
+    network costs 99 % of the budget.
+    steps: (pair, its next larger width n, per head), in the order in which they are to be taken.
+    ValueError: the narrowest layers cost too much, or more than 1 % of the budget remains.
+    """
+    bar = tqdm(desc="budget", unit="network", leave=False, delay=2)
+
+    def cost_of(widths: dict[str, int]) -> int:
+        bar.update()
+        return budget.cost(widths)
+
+    def after(count: int) -> dict[str, int]:
+        widths = {pair.name: pair.heads * min(multiple, pair.width) for pair in pairs}
+        for pair, n in steps[:count]:
+            widths[pair.name] = pair.heads * min(n, pair.width)
+        return widths
+
+    def cost(count: int) -> int:
+        return cost_of(after(count))
+
+    # the cost rises with every step
+    count = bisect.bisect_right(range(len(steps) + 1), budget.limit, key=cost) - 1
+    if count < 0:
+        raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: layers of {multiple} "
+                         f"channels cost {cost(0):,}; choose another --budget")
+    widths = after(count)
+    spent = cost_of(widths)
+    tried = set()
+    for pair, n in steps[count:]:
+        if spent >= 0.99 * budget.limit:
+            break
+        wider = {**widths, pair.name: pair.heads * min(n, pair.width)}
+        if pair.name not in tried and cost_of(wider) <= budget.limit:
+            widths = wider
+            spent = budget.cost(widths)
+        tried.add(pair.name)
+    bar.close()
+    if spent < 0.99 * budget.limit:
+        raise ValueError(f"no widths of this kind come within 1 % of the budget of "
+                         f"{budget.limit:,.0f}, the nearest cost {spent:,}: choose another "
+                         f"--budget")
+    return widths

@@ -34,6 +34,7 @@ class Settings:
     #                                   its hidden channels, the narrowest half of that, rounded to
     #                                   multiples of `round`; 0: no cut
     budget: tuple[str, float] | None = None  # ("params" or "madds", the part of it to keep; ours)
+    widths: str = "searched"          # or "uniform": no search, the same part of every layer (ours)
     round: int = 4                    # widths are multiples of this (in attention: those of a
     #                                   head); release: 4, and 8 suits GPUs
     seed: int = 0                     # of weights, generated pictures and patches
@@ -52,7 +53,7 @@ class Settings:
     batch: int = 32                   # Section 5.1; DCLS: 64
     steps: int = 1_000_000            # Section 5.1; SwinIR, DAT, DCLS: 500,000
     dual_steps: int = 100_000         # for the duals of pretrained weights without duals (ours)
-    dual_weight: float = 0.1          # λ of L_DR (DRN, arXiv 2003.07018, Section 3.1)
+    dual_weight: float = 0.1          # λ of L_DR (DRN, arXiv 2003.07018, Section 3.1); 0: no dual
     rate: float = 1e-4                # Section 5.1; SwinIR, DAT: 2e-4, DCLS: 4e-4
     floor: float = 1e-7               # where the cosine decay of the rate ends (Section 5.1)
     milestones: tuple[float, ...] = ()  # parts of the steps where the rate is halved; (): cosine;

@@ -84,7 +84,8 @@ def train(run: Run, settings: Settings, device, pictures) -> dict:
         model.train(further)
         model.requires_grad_(further)
         if not further:
-            steps = 0 if complete else settings.dual_steps
+            needed = settings.dual_weight and not complete
+            steps = settings.dual_steps if needed else 0
     else:
         model = models.build(settings.arch, settings.scale)
         duals = dual.make_duals(model)
@@ -178,7 +179,7 @@ def restore(state: dict, device) -> tuple:
 # ---- 3 search: how many channels each layer keeps -----------------------------------------------
 def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
     """Channel number search on `dense`, the checkpoint of stage 2; returns {"widths": {pair: n},
-    ...}.
+    ...}. Uniform widths need no search (prune.uniform_widths).
 
     Two halves of the pictures, T and V, train the weights and the α's (search.py). The last tenth
     is held out: after each epoch it shows whether the α's are the best so far.
@@ -186,6 +187,10 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     model, duals = restore(dense, device)
+    budget = cost_limit(settings, model)
+    if settings.widths == "uniform":
+        widths = prune.uniform_widths(model.pairs(), settings.prune, settings.round, budget)
+        return finish_search(run, settings, model, dict(widths=widths), started)
     searcher = prune.Search(
         model, native_loss(settings, model, duals), settings.prune, extra=duals.parameters(),
         rate=settings.search_rate, decay=settings.search_decay, clip=settings.search_clip,
@@ -211,14 +216,23 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
             searcher.hold(held_out)
         return loss
 
-    run.repeat("search", settings.search_steps, one_step, both, dict(search=searcher))
-    widths = searcher.widths(cost_limit(settings, model))
+    run.repeat("search", settings.search_steps, one_step, both, dict(search=searcher),
+               lambda: dict(alpha=searcher.chances()))
+    loss, alphas = searcher.best
+    found = dict(widths=searcher.widths(budget), alphas=torch.stack(alphas))
+    return finish_search(run, settings, model, found, started, held_out=round(loss, 4),
+                         decision=prune.decision(alphas))
+
+
+def finish_search(run: Run, settings: Settings, model, found: dict, started: float,
+                  **facts) -> dict:
+    """Writes channels.json and search.pt, prints what was found; returns it, {"widths": ...}."""
+    widths = found["widths"]
     channels = dict(arch=settings.arch, scale=settings.scale, dense=model.widths, widths=widths)
     run.write_json("channels.json", channels)
-    loss, alphas = searcher.best
     kept = f"{sum(widths.values())}/{sum(model.widths.values())}"
-    return run.finish("search", dict(widths=widths, alphas=torch.stack(alphas)), started,
-                      kept=kept, held_out=round(loss, 4))
+    print(f"search    {kept} channels stay, {facts.get('decision', 'uniform widths, no search')}")
+    return run.finish("search", found, started, kept=kept, widths=settings.widths, **facts)
 
 
 def split(count: int) -> tuple[int, int]:

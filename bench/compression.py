@@ -25,6 +25,7 @@ import evaluate
 import models
 import prune
 from backbones.drn import DRN
+from bench.channels import by_l1_norm
 from run import command
 from settings import PRESETS
 
@@ -57,14 +58,6 @@ def psnr(model, pictures) -> float:
     """Mean PSNR-Y over the pictures, in dB."""
     rows = evaluate.evaluate(models.inference(model), pictures)
     return float(np.mean([row.psnr for row in rows]))
-
-
-def by_l1_norm(model, widths: dict[str, int]) -> dict[str, list[int]]:
-    """The channels with the largest norms: what selection has to beat."""
-    kept = {}
-    for pair in model.pairs():
-        kept[pair.name] = prune.importance(model, pair).topk(widths[pair.name]).indices.tolist()
-    return kept
 
 
 def ways() -> dict[str, dict | None]:

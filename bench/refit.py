@@ -12,7 +12,8 @@ import copy
 import data
 import models
 import prune
-from bench.compression import by_l1_norm, psnr
+from bench.channels import by_l1_norm
+from bench.compression import psnr
 from run import command
 
 
@@ -37,7 +38,8 @@ def main() -> None:
     pictures = data.open_folder(args.data, (1, model.scale))
     photographs = data.open_folder(args.train, (1, model.scale))
     calibration = [next(data.batches(photographs, 64 * model.scale, 1, 0))]
-    kept = by_l1_norm(model, {pair.name: round(0.7 * pair.width) for pair in model.pairs()})
+    widths = {pair.name: pair.heads * round(0.7 * pair.width) for pair in model.pairs()}
+    kept = by_l1_norm(model, widths)
     masked = masked_copy(model, kept)
     networks = {
         "uncut": model,

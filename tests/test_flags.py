@@ -117,6 +117,8 @@ def test_a_network_without_settings_is_told_which_line_to_add(monkeypatch, capsy
     ("--steps 7 --rate 0.5", dict(steps=7, rate=0.5, continue_training=True)),
     ("--search-steps 3 --tune-steps 4", dict(search_steps=3, tune_steps=4)),
     ("--first-order --round 8 --seed 5", dict(first_order=True, round=8, seed=5)),
+    ("--dual-weight 0", dict(dual_weight=0)),
+    ("--prune 0.3 --widths uniform", dict(prune=0.3, widths="uniform")),
     ("--prune 0.25 --pictures 9", dict(prune=0.25, pictures=9)),
     ("--data D --teacher drn_l:t.pt", dict(data="D", teacher="drn_l:t.pt")),
     ("--pretrained a --pretrained-dual b --channels c",
@@ -185,6 +187,7 @@ def test_a_budget_brings_its_own_ratio_unless_one_is_given():
 
 @pytest.mark.parametrize("line, folder", [
     ("--arch drn_s --prune 0.3", "runs/drn_s_x4_p30"),
+    ("--arch drn_s --prune 0.3 --widths uniform", "runs/drn_s_x4_p30_uniform"),
     ("--arch drn_s --scale 8", "runs/drn_s_x8_p00"),
     ("--arch dat --scale 2 --budget params=0.7", "runs/dat_x2_params70"),
     ("--arch drn_s --run here", "here")])
@@ -202,6 +205,15 @@ def test_the_run_folder_tells_what_the_run_is(line, folder):
     ("--arch drn_s --prune x", "invalid float value: 'x'"),
     ("--arch drn_s --steps 0", "--steps: 0 is below 1"),
     ("--arch drn_s --rate 0", "--rate: 0 must be above 0"),
+    ("--arch drn_s --dual-weight -0.1", "--dual-weight: -0.1 is below 0"),
+    ("--arch drn_s --dual-weight inf", "--dual-weight: inf is no finite number"),
+    ("--arch drn_s --dual-weight nan", "--dual-weight: nan is no finite number"),
+    ("--arch drn_s --prune 0.3 --widths even", "--widths: invalid choice: 'even'"),
+    ("--arch drn_s --widths uniform", "add --prune R or --budget"),
+    ("--arch drn_s --prune 0.3 --widths uniform --search-steps 3",
+     "--search-steps and --first-order belong to --widths searched"),
+    ("--arch drn_s --prune 0.3 --widths uniform --first-order",
+     "--search-steps and --first-order belong to --widths searched"),
     ("--arch drn_s --seed -1", "--seed: -1 is below 0"),
     ("--arch drn_s --patch 30", "--patch 30 is not a multiple of the scale 4"),
     ("--arch drn_s --budget params=1.5", "'params=1.5' is not params=F or madds=F"),

@@ -217,6 +217,21 @@ def test_a_crash_in_any_step_costs_no_step_and_no_bit(tmp_path, monkeypatch):
     assert steps_in_log(folder) == list(range(1, 11))
 
 
+@pytest.mark.parametrize("steps, logged", [(7, 7), (100, 100), (199, 99), (240, 80), (250, 83)])
+def test_a_stage_logs_at_most_100_steps(steps, logged, tmp_path):
+    walk(tmp_path, steps)
+    assert len(steps_in_log(tmp_path)) == logged
+
+
+def test_a_stage_adds_its_facts_to_the_log(tmp_path):
+    part = Walk()
+    Run(tmp_path, {}).repeat("walk", 2, part.step, batches, dict(walk=part),
+                             lambda: dict(place=part.place.item()))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["place"] != lines[1]["place"]
+    assert lines[1]["place"] == part.place.item()
+
+
 def test_without_a_save_the_stage_begins_again(tmp_path):
     """SAVE_SECONDS bounds what is lost: here all of the few steps."""
     def stop(k):

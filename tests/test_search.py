@@ -315,3 +315,86 @@ def test_search_within_a_budget_of_parameters(tiny):
     assert 0.99 * limit <= cost(widths) <= limit
     for pair in model.pairs():
         assert widths[pair.name] // pair.heads in search.candidates(pair.width, 0.1)
+
+
+# ---- uniform widths -----------------------------------------------------------------------------
+def linear_cost(pairs, units):
+    """A cost that is linear in every width, each channel of pair i costing units[i]."""
+    def cost(widths):
+        return 1000 + sum(unit * widths[pair.name] for pair, unit in zip(pairs, units))
+    return cost
+
+
+def test_uniform_widths_are_every_layers_widest_candidate():
+    model, _ = tiny_swinir()                     # attention: 2 heads of 6, MLP 24
+    widths = search.uniform_widths(model.pairs(), 0.3, 4)
+    assert set(widths) == set(model.widths)
+    for pair in model.pairs():
+        assert widths[pair.name] == pair.heads * {6: 4, 24: 16}[pair.width]
+
+
+def test_within_a_budget_every_layer_has_the_width_of_the_part_or_the_next_one():
+    """All of one dense width differ by one step at most, and one more step would cost too much."""
+    model, _ = tiny_drn(blocks=20)
+    pairs = model.pairs()
+    cost = linear_cost(pairs, [3 + i % 4 for i in range(len(pairs))])
+    floor = cost({pair.name: 4 for pair in pairs})
+    for part in (0.35, 0.5, 0.62, 0.8, 1.0):
+        limit = floor + part * (cost(model.widths) - floor)
+        widths = search.uniform_widths(pairs, 0.0, 4, search.Budget(cost, limit))
+        assert 0.99 * limit <= cost(widths) <= limit
+        for width in {pair.width for pair in pairs}:
+            found = [widths[pair.name] for pair in pairs if pair.width == width]
+            assert max(found) - min(found) <= 4
+    assert widths == model.widths
+
+
+def test_uniform_widths_of_a_part_are_its_candidates():
+    """Where the budget is what a ratio costs, the widths are those of the ratio, and no others."""
+    model, _ = tiny_drn(blocks=3)
+    pairs = model.pairs()
+    cost = linear_cost(pairs, [7] * len(pairs))
+    for ratio in (0.0, 0.22, 0.3, 0.41, 0.55):
+        expected = search.uniform_widths(pairs, ratio)
+        budget = search.Budget(cost, cost(expected))
+        assert search.uniform_widths(pairs, 0.9, 4, budget) == expected
+
+
+def test_layers_that_are_rounded_up_early_are_spread_over_the_network():
+    model, _ = tiny_drn(blocks=12)
+    pairs = [pair for pair in model.pairs() if pair.name.startswith("up0.rcab")]
+    cost = linear_cost(pairs, [1] * len(pairs))
+    budget = search.Budget(cost, 1000 + 12 * 16 + 4 * 6)      # six of twelve take one step more
+    widths = search.uniform_widths(pairs, 0.0, 4, budget)
+    wide = [i for i, pair in enumerate(pairs) if widths[pair.name] == 20]
+    assert len(wide) == 6
+    assert max(b - a for a, b in zip(wide, wide[1:])) <= 3
+    assert wide[-1] - wide[0] >= 8                            # not six in a row
+
+
+@pytest.mark.parametrize("limit, words", [
+    (1010, "the budget of 1,010 cannot be met: layers of 4 channels cost 1,012"),
+    (2000, "come within 1 % of the budget of 2,000, the nearest cost 1,024")])
+def test_uniform_widths_out_of_reach_are_refused(limit, words):
+    model, _ = tiny_drn()
+    pairs = [pair for pair in model.pairs() if pair.width == 8]        # one: down0
+    budget = search.Budget(linear_cost(pairs, [3]), limit)
+    with pytest.raises(ValueError, match=words):
+        search.uniform_widths(pairs, 0.3, 4, budget)
+
+
+# ---- has it decided? ----------------------------------------------------------------------------
+def test_the_decision_in_words():
+    sure = torch.tensor([0., 0, 9, 0, 0, 0])
+    words = search.decision([torch.zeros(6), sure, torch.zeros(6), sure])
+    assert "a chance of 0.58 on average (0.17: undecided, 1: decided)" in words   # (1 + 1/6) / 2
+    assert "in 2 of 4 layers more than one half" in words
+
+
+def test_chances_are_the_softmax_of_the_moment():
+    model, duals = tiny_drn()
+    searcher = search.Search(model, native_loss(duals), 0.3)
+    searcher.alphas[1].data = torch.tensor([0., 0, 0, 0, 0, 2]).log1p()        # 1, ..., 1, 3
+    found = searcher.chances()
+    assert len(found) == len(model.pairs())
+    assert found[1] == [0.125] * 5 + [0.375]

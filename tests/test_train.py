@@ -112,6 +112,47 @@ def test_the_pruned_network_is_what_was_searched_for(finished):
     assert table["pruned"]["params"] < 0.75 * table["dense"]["params"]
 
 
+def test_the_log_tells_how_the_chances_moved(finished):
+    folder, output = finished
+    lines = [line for line in log(folder) if line["stage"] == "search"]
+    assert [line["step"] for line in lines[:-1]] == [1, 2, 3, 4, 5]
+    pairs = len(models.load(folder / "train.pt").pairs())
+    for line in lines[:-1]:
+        assert len(line["alpha"]) == pairs
+        for chances in line["alpha"]:
+            assert len(chances) == 6
+            assert sum(chances) == pytest.approx(1, abs=3e-4)
+    assert lines[0]["alpha"] != lines[-2]["alpha"]
+    assert f"in 0 of {pairs} layers more than one half" in lines[-1]["decision"]
+    assert lines[-1]["decision"] in output
+    assert not any("alpha" in line for line in log(folder) if line["stage"] != "search")
+
+
+def test_uniform_widths_need_no_search(finished, photos, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(prune, "Search", lambda *a, **b: pytest.fail("searched"))
+    line = [word for word in QUICK if word not in ("--search-steps", "5")]
+    code, output, _ = call(monkeypatch, capsys, *line, "--widths", "uniform", "--run", tmp_path,
+                           "--test", photos)
+    assert code == 0
+    dense, pruned = models.load(tmp_path / "train.pt"), models.load(tmp_path / "tune.pt")
+    assert same(weights(tmp_path, "train"), weights(finished[0], "train"))
+    for name, width in dense.widths.items():
+        assert pruned.widths[name] == prune.candidates(width, 0.3)[-1]
+    assert json.loads((tmp_path / "channels.json").read_text())["widths"] == pruned.widths
+    assert "uniform widths, no search" in output
+
+
+def test_without_a_dual_weight_the_duals_learn_nothing(finished, monkeypatch, capsys, photos,
+                                                       tmp_path):
+    code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", "--steps", 2, *SMALL, "--run",
+                    tmp_path, "--test", photos, "--dual-weight", 0)
+    assert code == 0
+    torch.manual_seed(0)
+    fresh = dual.make_duals(models.build("drn_tiny", 4))
+    for state, untouched in zip(weights(tmp_path, "train")["duals"], fresh):
+        assert same(state, dict(untouched.state_dict()))
+
+
 def test_a_finished_run_is_shown_again_without_work(finished, monkeypatch, capsys, photos):
     folder, output = finished
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}

@@ -115,12 +115,25 @@ def test_a_pruned_pretrained_network_needs_its_channels(tmp_path, photos, monkey
     assert "has shape (4, 8, 3, 3), this network needs (8, 8, 3, 3)" in errors
 
 
+def test_without_a_dual_weight_missing_duals_are_not_trained(tmp_path, photos, monkeypatch,
+                                                              capsys):
+    torch.save(models.build("drn_tiny").state_dict(), tmp_path / "model.pt")
+    code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", *SMALL, "--test", photos,
+                    "--pretrained", tmp_path / "model.pt", "--run", tmp_path / "run",
+                    "--dual-weight", 0)
+    assert code == 0
+    lines = [line for line in log(tmp_path / "run") if line["stage"] == "train"]
+    assert [line["steps"] for line in lines] == [0]
+
+
 # ---- a budget, a teacher ------------------------------------------------------------------------
+@pytest.mark.parametrize("widths", ["searched", "uniform"])
 @pytest.mark.parametrize("kind", ["params", "madds"])
-def test_a_budget_is_met(kind, tmp_path, photos, monkeypatch, capsys):
-    arguments = [a for a in QUICK if a not in ("--prune", "0.3")]
-    code, *_ = call(monkeypatch, capsys, *arguments, "--run", tmp_path, "--test", photos,
-                    "--budget", f"{kind}=0.7")
+def test_a_budget_is_met(kind, widths, tmp_path, photos, monkeypatch, capsys):
+    search = ["--search-steps", "5"] if widths == "searched" else []
+    code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", "--steps", 8, "--tune-steps", 6,
+                    *SMALL, *search, "--run", tmp_path, "--test", photos,
+                    "--budget", f"{kind}=0.7", "--widths", widths)
     assert code == 0
     dense, pruned = (evaluate.count(models.load(tmp_path / f"{stage}.pt"), 96, 96)
                      for stage in ("train", "tune"))
