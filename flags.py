@@ -19,10 +19,11 @@ from settings import PRESETS, Settings
 
 
 def target(text: str) -> tuple[str, float]:
-    """The type of --budget: params=F or madds=F."""
-    match = re.fullmatch(r"(params|madds)=(0?\.\d+|1(?:\.0*)?)", text)
+    """The type of --budget: params=F, madds=F or latency=F."""
+    match = re.fullmatch(r"(params|madds|latency)=(0?\.\d+|1(?:\.0*)?)", text)
     if not match or not float(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not params=F or madds=F with F in (0, 1]")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not params=F, madds=F or latency=F with F in (0, 1]")
     return match[1], float(match[2])
 
 
@@ -49,8 +50,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     add("--prune", type=number(float, 0, 1), metavar="R",
         help="compress: a layer keeps 1 - R of its hidden channels or less, down to half of that "
              "(default 0: only train)")
-    add("--budget", type=target, metavar="params=F|madds=F",
-        help="compress the whole network to this part of its cost")
+    add("--budget", type=target, metavar="params=F|madds=F|latency=F",
+        help="compress the whole network to this part of its cost (latency: of its time, measured "
+             "on this device)")
     add("--preset", choices=("quick", "default", "paper"),
         help="the numbers below (default: quick without a GPU, default with one)")
     add = parser.add_argument_group("data").add_argument
@@ -76,8 +78,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,
         help="search without the second-order term: 3 passes, not 5")
-    add("--round", type=int, choices=(4, 8),
-        help="widths are multiples of this (default 4; 8 suits GPUs)")
+    add("--round", type=int, choices=(4, 8, 16),
+        help="widths are multiples of this (default 4; 8 suits GPUs, 16 CPUs with AVX-512)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher_file, metavar="ARCH:FILE",
         help="distil from this network (default: the unpruned one)")

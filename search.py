@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # of the width that the ratio leaves
 
@@ -206,11 +205,16 @@ class Search:
         remembered state, or the best choice within a budget.
         """
         scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()   # (pairs, 6)
-        names = [pair.name for pair in self.pairs]
-        sizes = [[pair.heads * n for n in options]
-                 for pair, options in zip(self.pairs, self.candidates)]
-        picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
-        return {name: options[k] for name, options, k in zip(names, sizes, picks)}
+        sizes = self.sizes()
+        picks = scores.argmax(1)
+        if budget:
+            picks = fit_budget(scores, list(sizes.values()), list(sizes), budget)
+        return {name: options[k] for (name, options), k in zip(sizes.items(), picks)}
+
+    def sizes(self) -> dict[str, list[int]]:
+        """{pair name: its six candidate widths}, all heads counted."""
+        return {pair.name: [pair.heads * n for n in options]
+                for pair, options in zip(self.pairs, self.candidates)}
 
     def state_dict(self) -> dict:
         return dict(weights=[w.detach() for w in self.weights],
@@ -245,8 +249,11 @@ def search(model: nn.Module, train: Iterator, valid: Iterator, held_out: list, l
 
 # ---- a budget for the whole network -------------------------------------------------------------
 class Budget(NamedTuple):
-    """The most that a network may cost. cost: {pair name: width} -> number, linear in a width."""
-    cost: Callable[[dict[str, int]], int]
+    """The most that a network may cost.
+
+    cost: {pair name: width} -> number: a sum with a term for each pair, whatever the terms are.
+    """
+    cost: Callable[[dict[str, int]], float]
     limit: float
 
 
@@ -266,19 +273,17 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     choices that cost 99 to 100 % of the limit. scores: (pairs, 6).
     ValueError: no choice of candidates costs so much or so little.
     """
-    smallest = {name: min(options) for name, options in zip(names, sizes)}
-    largest = {name: max(options) for name, options in zip(names, sizes)}
-    floor, ceiling = budget.cost(smallest), budget.cost(largest)
+    costs = cost_table(sizes, names, budget)
+    floor = sum(min(row) for row in costs)
+    ceiling = sum(max(row) for row in costs)
     grid = budget.limit / bins                                             # cost of one grid step
-    room = int((budget.limit - floor) / grid)        # how many the smallest network leaves to spend
+    room = int((budget.limit - floor) / grid)        # how many the cheapest network leaves to spend
     if room < 0 or ceiling < 0.99 * budget.limit:
         raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: the candidate widths "
-                         f"give {floor:,} to {ceiling:,}; choose another --budget or --prune")
-    spent = []                               # (pairs, 6): grid steps above the smallest candidate
-    for name, options in zip(tqdm(names, "budget", leave=False, delay=2), sizes):
-        least, most = min(options), max(options)
-        of_channel = (budget.cost({**smallest, name: most}) - floor) / max(1, most - least)
-        spent.append([int(np.ceil((n - least) * of_channel / grid)) for n in options])
+                         f"give {floor:,.0f} to {ceiling:,.0f}; choose another --budget or --prune")
+    spent = []                               # (pairs, 6): grid steps above the cheapest candidate
+    for row in costs:
+        spent.append([int(np.ceil((each - min(row)) / grid)) for each in row])
     # best[c]: the largest score at exactly the cost c, of the pairs so far; picks: how to reach it.
     best = np.full(room + 1, -np.inf)
     best[0] = 0.0
@@ -300,3 +305,14 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
         chosen.append(int(pick[at]))
         at -= steps[chosen[-1]]
     return chosen[::-1]
+
+
+def cost_table(sizes: list[list[int]], names: list[str], budget: Budget) -> list[list[float]]:
+    """(pairs, 6): what each candidate adds to the cost; the first row bears what is fixed, too."""
+    start = {name: options[0] for name, options in zip(names, sizes)}
+    base = budget.cost(start)
+    table = []
+    for name, options in zip(names, sizes):
+        table.append([budget.cost({**start, name: n}) - base for n in options])
+    table[0] = [base + cost for cost in table[0]]
+    return table

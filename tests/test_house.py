@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "backbones": {"kernels"},
     "models": {"kernels", "backbones"},
+    "latency": NETWORKS | {"search"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
     "files": set(),
@@ -39,10 +40,10 @@ MAY_IMPORT = {
     # the commands
     "upscale": NETWORKS | PICTURES,
     "evaluate": NETWORKS | PICTURES | {"upscale"},
-    "report": NETWORKS | PICTURES | {"upscale", "evaluate"},
+    "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency"},
     "flags": NETWORKS | {"data", "prune", "settings"},
-    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "report", "flags",
-                                    "settings"},
+    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
+                                    "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "upscale", "evaluate", "flags", "train", "bench", "kernels"}
