@@ -34,13 +34,14 @@ SMALL = 0.03                         # spread of a ratio at which no more rounds
 MOST = 3                             # unless there have been so many times ROUNDS already
 TRIES = 4                            # networks measured to meet a limit,
 CLOSE = 0.02                         # until one is so close to it
+clock = time.perf_counter            # bench/ counts the time of this process where others run, too
 
 
 def now(device: torch.device) -> float:
     """Seconds of a clock, read when the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock()
 
 
 def device_name(device: torch.device) -> str:
@@ -82,8 +83,8 @@ def interleaved(networks: dict[str, Callable], low: torch.Tensor,
     """Times functions of `low`, such as networks of `ready`, in turns; each runs once before that.
 
     low: (N, 3, H, W) on their device. There are at least `rounds` rounds, and up to MOST times as
-    many while a ratio spreads by more than SMALL. Every other round goes backwards, so that what
-    ran before a network is not always the same.
+    many while a ratio spreads by more than SMALL. (The order stays. Were every other round run
+    backwards, the first and the last would follow themselves, and find the caches warm.)
     """
     names = list(networks)
     seconds = {name: [] for name in names}
@@ -91,8 +92,7 @@ def interleaved(networks: dict[str, Callable], low: torch.Tensor,
         for name in names:
             networks[name](low)
         while True:
-            turn = names if len(seconds[names[0]]) % 2 == 0 else names[::-1]
-            for name in turn:
+            for name in names:
                 start = now(low.device)
                 networks[name](low)
                 seconds[name].append(now(low.device) - start)
@@ -209,7 +209,7 @@ def marking(network: nn.Module, pairs: list, called: set[str], device: torch.dev
 def mark(device: torch.device):
     """A point in time: seconds, or on a GPU an event among the work that it was given."""
     if device.type != "cuda":
-        return time.perf_counter()
+        return clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -252,7 +252,10 @@ def identical(model, low: torch.Tensor) -> dict[str, str]:
     hooks = []
     for block in {pair.block for pair in model.pairs()}:
         def note(module, inputs, block=block):
-            entered[block] = inputs[0].shape
+            first = inputs[0]
+            while isinstance(first, tuple):      # DCLS: two maps travel together
+                first = first[0]
+            entered[block] = first.shape
 
         hooks.append(model.get_submodule(block).register_forward_pre_hook(note))
     model.eval()

@@ -6,10 +6,14 @@
 The time of every candidate width is measured, then widths are chosen as `train.py` chooses them,
 with random numbers in place of what a search has learned. Printed: what the table of times
 predicts, and what the whole network takes beside the dense one, before and after the correction.
-With the same part of the multiply-adds (`--budget madds=F`) beside it.
+Beside it the part of the multiply-adds.
+
+On a machine that others use, too, give --busy: one thread, and the processor's time of this process
+in place of the time that passes.
 """
 import argparse
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +47,11 @@ def main() -> None:
     add("--round", type=int, choices=(4, 8, 16), default=4, help="multiples of widths (default 4)")
     add("--seeds", type=number(int, 1), default=3, help="random choices (default 3)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--busy", action="store_true", help="count the time of this process alone, one thread")
     args = parser.parse_args()
+    if args.busy:
+        torch.set_num_threads(1)
+        latency.clock = time.process_time
     torch.manual_seed(0)
     model = models.build(args.arch).to(args.device).eval()
     ratio = prune.budget_ratio(args.part)

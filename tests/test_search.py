@@ -274,6 +274,32 @@ def test_budget_is_met_and_the_best_choice_is_taken(limit):
     assert found == pytest.approx(brute_force(scores, sizes, cost, limit), abs=1e-9)
 
 
+@pytest.mark.parametrize("limit", [26, 31, 38])
+def test_a_budget_of_costs_that_are_no_lines(limit):
+    """Measured times: stairs, and a wider layer that is faster than a narrower one."""
+    draw = np.random.default_rng(limit)
+    sizes = [search.candidates(width, 0.1) for width in (64, 32, 32, 16, 64)]
+    terms = []
+    for options in sizes:
+        terms.append({n: 3 * draw.random() + 2 * np.ceil(n / 16) for n in options})
+    assert any(term[a] > term[b] for term in terms for a in term for b in term if a < b)
+    scores = np.log(draw.dirichlet(np.ones(6), 5))
+    names = list("abcde")
+
+    def cost(widths):
+        return 5 + sum(term[n] for term, n in zip(terms, widths))
+
+    budget = search.Budget(lambda widths: cost([widths[name] for name in names]), limit)
+    picks = search.fit_budget(scores, sizes, names, budget)
+    chosen = cost([options[k] for options, k in zip(sizes, picks)])
+    assert 0.99 * limit <= chosen <= limit
+    found = sum(row[k] for row, k in zip(scores, picks))
+    # each of the five costs is rounded up to a grid of 20,000
+    best = brute_force(scores, sizes, cost, limit)
+    best_on_grid = brute_force(scores, sizes, cost, limit * (1 - 5 / 20_000))
+    assert best_on_grid - 1e-9 <= found <= best + 1e-9
+
+
 @pytest.mark.parametrize("limit", [50, 500])
 def test_a_budget_out_of_reach_is_refused(limit):
     budget = search.Budget(lambda widths: 100 + widths["a"], limit)
