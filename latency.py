@@ -123,9 +123,11 @@ def middle(values) -> tuple[float, float]:
 # ---- what each width of each layer takes --------------------------------------------------------
 # A pair's time runs from the call of its first producer to the return of its last consumer. One
 # pass of a network gives the times of all its pairs, where they really run: with the caches as the
-# layer before left them. With six networks, the first with the first candidate of every pair, the
-# second with the second, and so on, every candidate has been timed. What a network takes besides
-# its pairs does not depend on the widths.
+# layer before left them. Each of six networks has other candidates of every pair, so all of them
+# are timed. The widths are mixed within a network, as they will be in the one that is chosen: were
+# they equal, every layer would find memory of the right size that the layer before has just left,
+# and DRN-S would seem 10 % faster than it is. What a network takes besides its pairs does not
+# depend on the widths.
 def measure_pairs(model, options: dict[str, list[int]], device: torch.device, file: Path,
                   side: int = SIDE) -> dict:
     """The time of every candidate width: {"device", "rounds", "dense": ms, "rest": ms, "pairs":
@@ -143,9 +145,7 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
     if {name: state.get(name) for name in key} != key:
         state = key | dict(times=[])
     low = noise(device, side)
-    choices = [model.widths]
-    for level in zip(*options.values()):
-        choices.append(dict(zip(options, level)))
+    choices = [model.widths, *mixed(options)]
     if len(state["times"]) < ROUNDS:
         networks = []
         with torch.random.fork_rng():            # new networks draw weights
@@ -163,6 +163,13 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
                 write_file(file, json.dumps(state).encode())
                 bar.update()
     return summary(state["times"], choices, identical(model, low)) | dict(device=key["device"])
+
+
+def mixed(options: dict[str, list[int]]) -> list[dict[str, int]]:
+    """Six choices of widths, in which every candidate of every pair occurs once."""
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(each).tolist() for each in options.values()]
+    return [dict(zip(options, widths)) for widths in zip(*orders)]
 
 
 def time_pass(network: nn.Module, pairs: list, called: set[str], low: torch.Tensor) -> dict:
@@ -274,8 +281,8 @@ def identical(model, low: torch.Tensor) -> dict[str, str]:
 def summary(times: list[list[dict]], choices: list[dict], like: dict[str, str]) -> dict:
     """The table of `measure_pairs`.
 
-    times: for each round, what `time_pass` found for the dense network and for every level of
-    candidates; choices: the widths of each of these; like: see `identical`. A candidate's time is
+    times: for each round, what `time_pass` found for the dense network and for each of the mixed
+    ones; choices: the widths of each of these; like: see `identical`. A candidate's time is
     the median over the rounds, then the mean over the pairs that are alike. (The mean, so that what
     they take together stays right: every other window of SwinIR is shifted and takes longer.)
     """

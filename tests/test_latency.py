@@ -1,6 +1,5 @@
 """Timing in turns, with a clock of our own; widths for a given time, against sums by hand."""
 import json
-import math
 from functools import partial
 
 import numpy as np
@@ -15,41 +14,6 @@ from tiny import tiny_dat, tiny_dcls, tiny_drn, tiny_swinir
 
 CPU = torch.device("cpu")
 LOW = torch.zeros(1, 3, 16, 16)
-
-
-class Clock:
-    """A clock that stands still unless it is told to go on."""
-    def __init__(self):
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The clock by which latency.py measures."""
-    fake = Clock()
-    monkeypatch.setattr(latency, "clock", fake)
-    return fake
-
-
-def effort(layer: nn.Module) -> float:
-    """Milliseconds of a layer whose inputs and outputs fill vectors of 6: a stair, no line."""
-    outputs, inputs, *_ = layer.weight.shape
-    return math.ceil(inputs / 6) * math.ceil(outputs / 6)
-
-
-@pytest.fixture
-def stairs(clock):
-    """The clock goes on by `effort` in every convolution and linear layer, of any network."""
-    def work(module, inputs, output):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            clock.seconds += effort(module) / 1000
-
-    handle = nn.modules.module.register_module_forward_hook(work)
-    yield clock
-    handle.remove()
 
 
 def pass_of(clock, model, widths) -> float:
@@ -151,6 +115,16 @@ def test_the_table_gives_the_time_of_any_choice(tiny, stairs, tmp_path):
     assert table["rounds"] == latency.ROUNDS
     times = [set(each.values()) for each in table["pairs"].values()]
     assert max(len(each) for each in times) > 1        # some width does matter
+
+
+def test_every_candidate_is_timed_in_a_network_of_mixed_widths():
+    options = {f"p{i}": [4, 8, 12, 16, 20, 24] for i in range(20)} | {"q": [2, 2, 2, 2, 2, 4]}
+    choices = latency.mixed(options)
+    assert len(choices) == 6
+    for name, each in options.items():
+        assert sorted(choice[name] for choice in choices) == each
+    for choice in choices:
+        assert len(set(choice.values())) > 3
 
 
 def test_the_time_of_an_rcab_by_hand(stairs, tmp_path):
