@@ -160,7 +160,8 @@ def test_a_budget_of_time_is_met(tmp_path, photos, monkeypatch, capsys, stairs):
         (tmp_path / f"{stage}.pt").unlink()
     monkeypatch.setattr(latency, "time_pass", lambda *_: pytest.fail("measured again"))
     assert call(monkeypatch, capsys, *arguments)[0] == 0
-    assert json.loads((tmp_path / "channels.json").read_text()) == found
+    again = json.loads((tmp_path / "channels.json").read_text())
+    assert again["widths"] == found["widths"]
 
 
 def test_a_time_out_of_reach_is_refused_before_the_search(tmp_path, photos, monkeypatch, capsys,
