@@ -112,10 +112,8 @@ def costs(network: nn.Module) -> dict:
 def times(networks: dict[str, nn.Module], device) -> dict[str, latency.Timing]:
     """How long each network takes beside the first; those of the same widths are timed as one."""
     shapes = {name: tuple(network.widths.values()) for name, network in networks.items()}
-    ready = {}
-    for name, network in networks.items():
-        if shapes[name] not in ready:
-            ready[shapes[name]] = latency.ready(network, device)
+    distinct = {shapes[name]: network for name, network in networks.items()}
+    ready = {shape: latency.ready(network, device) for shape, network in distinct.items()}
     measured = latency.interleaved(ready, latency.noise(device))
     return {name: measured[shape] for name, shape in shapes.items()}
 

@@ -267,10 +267,12 @@ def test_a_limit_that_fits_is_left_alone(monkeypatch):
 
 
 def test_the_closest_network_is_taken_when_none_fits(monkeypatch):
-    """Times jump from 0.3 to 0.6: 0.6 is closer to 0.5."""
-    n, ratio, limits = corrected(monkeypatch, lambda predicted: 0.6 if predicted > 0.45 else 0.3)
+    """Times jump from 0.3 to 0.6, which is closer to 0.5; the last one tried is not the closest."""
+    n, ratio, limits = corrected(monkeypatch, lambda predicted: 0.6 if predicted > 0.6 else 0.3)
+    assert len(limits) == latency.TRIES
+    assert limits[-1] < 60
     assert ratio == 0.6
-    assert len(limits) <= latency.TRIES
+    assert n > 0.6 * 32
 
 
 def test_a_correction_out_of_reach_keeps_what_there_is(monkeypatch):
