@@ -19,10 +19,11 @@ from settings import PRESETS, Settings
 
 
 def target(text: str) -> tuple[str, float]:
-    """The type of --budget: params=F or madds=F."""
-    match = re.fullmatch(r"(params|madds)=(0?\.\d+|1(?:\.0*)?)", text)
+    """The type of --budget: params=F, madds=F or latency=F."""
+    match = re.fullmatch(r"(params|madds|latency)=(0?\.\d+|1(?:\.0*)?)", text)
     if not match or not float(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not params=F or madds=F with F in (0, 1]")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not params=F, madds=F or latency=F with F in (0, 1]")
     return match[1], float(match[2])
 
 
@@ -46,8 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prune", type=number(float, 0, 1), metavar="R",
         help="compress: a layer keeps about 1 - R of its hidden channels or less, down to half of "
              "that (default 0: only train)")
-    add("--budget", type=target, metavar="params=F|madds=F",
-        help="compress the whole network to this part of its cost")
+    add("--budget", type=target, metavar="params=F|madds=F|latency=F",
+        help="compress the whole network to this part of its cost (latency: of its time, measured "
+             "on this device)")
     add("--widths", choices=("searched", "uniform"),
         help="uniform: no search, every layer keeps the same part (default searched)")
     add("--preset", choices=("quick", "default", "paper"),
@@ -77,8 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,
         help="search without the second-order term: 3 passes, not 5")
-    add("--round", type=int, choices=(4, 8),
-        help="widths are multiples of this (default 4; 8 suits GPUs)")
+    add("--round", type=int, choices=(4, 8, 16),
+        help="widths are multiples of this (default 4; 8 suits GPUs, 16 CPUs with AVX-512)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher_file, metavar="ARCH:FILE",
         help="distil from this network (default: the unpruned one)")
@@ -148,6 +150,8 @@ def check(settings: Settings, network: nn.Module) -> None:
     """WrongUsage: settings that do not go together."""
     if settings.preset == "paper" and not settings.data:
         raise WrongUsage("--preset paper needs --data DIR with DF2K or DIV2K in it")
+    if settings.budget and settings.budget[0] == "latency" and settings.widths == "uniform":
+        raise WrongUsage("--budget latency=F needs the candidates of a search: leave --widths out")
     if settings.patch % settings.scale:
         raise WrongUsage(f"--patch {settings.patch} is not a multiple of the scale "
                          f"{settings.scale}")

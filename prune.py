@@ -1,7 +1,7 @@
 """Dual regression compression (DRC, arXiv 2207.07929, Section 4): the network made smaller.
 
-    search   how many channels each layer keeps; in search.py, and imported here, so that a caller
-             needs only this file
+    search   how many channels each layer keeps; in search.py and widths.py, and imported here, so
+             that a caller needs only this file
     select   which ones: the channels whose weights get the largest gradients of the loss
     cut      removes the others from the weights
 
@@ -33,16 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from replay import advance, ahead_of, by_module, called_once, collecting, replaying, run_to
-from search import (
+from search import Search, decision, importance, search
+from widths import (
     FRACTIONS,
     Budget,
-    Search,
     budget_ratio,
     candidates,
-    decision,
     fit_budget,
-    importance,
-    search,
     uniform_widths,
     widen,
     widenings,

@@ -1,8 +1,9 @@
 """What a person looks at after a run: the table on the screen, report.json, comparison.png.
 
 The networks of a run (dense, cut, pruned) and bicubic interpolation are measured on test pictures:
-PSNR and SSIM of the luma, parameters, multiply-adds, seconds per picture (evaluate.py). Pictures
-come from --test, or are the eight photographs of scikit-image, blurred for a blind network.
+PSNR and SSIM of the luma, parameters, multiply-adds (evaluate.py), and how long they take, measured
+in turns (latency.py). Pictures come from --test, or are the eight photographs of scikit-image,
+blurred for a blind network.
 
 Not here: the measures themselves (evaluate.py), and what led to the networks. Read run.py next.
 """
@@ -20,6 +21,7 @@ from torch import nn
 
 import data
 import evaluate
+import latency
 import models
 import upscale
 from run import Run
@@ -49,6 +51,7 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
     measured = evaluate.evaluate(bicubic, pictures)
     rows = dict(bicubic=measured)
     table = dict(bicubic=means(measured))
+    networks = {}
     for name, state in states.items():
         network = models.from_checkpoint(state)
         fast = models.inference(network).to(device)
@@ -56,6 +59,9 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
         rows[name] = measured
         # the costs are counted on the network itself: folding changes them
         table[name] = means(measured) | costs(network)
+        networks[name] = network
+    for name, timing in times(networks, device).items():
+        table[name]["latency"] = timing._asdict()
     # report.json comes last: where it stands, the picture and the log belong to it
     (run.folder / "report.json").unlink(missing_ok=True)
     data.write_image(run.folder / "comparison.png", comparison(rows, pictures, scale))
@@ -103,31 +109,52 @@ def costs(network: nn.Module) -> dict:
     return dict(params=small.params, madds=small.madds, madds_720p=large.madds)
 
 
+def times(networks: dict[str, nn.Module], device) -> dict[str, latency.Timing]:
+    """How long each network takes beside the first; those of the same widths are timed as one."""
+    shapes = {name: tuple(network.widths.values()) for name, network in networks.items()}
+    distinct = {shapes[name]: network for name, network in networks.items()}
+    ready = {shape: latency.ready(network, device) for shape, network in distinct.items()}
+    measured = latency.interleaved(ready, latency.noise(device))
+    return {name: measured[shape] for name, shape in shapes.items()}
+
+
 # ---- the table ----------------------------------------------------------------------------------
 def print_table(run: Run) -> None:
-    """Prints report.json as a table, and which files the run folder holds."""
+    """Prints report.json as a table, and which files the run folder holds.
+
+    "fewer" and "faster" say how many times fewer multiply-adds the network needs than the first
+    one, and how many times faster it is, both for an input of 96×96.
+    """
     table = json.loads((run.folder / "report.json").read_text())
     # 10 characters of name, then the columns, each as wide as its head
     print()
-    print("            PSNR-Y    SSIM  parameters  MAdds 96x96  MAdds 720p  s/image")
+    print("            PSNR-Y    SSIM  parameters  MAdds 720p  MAdds 96x96  fewer  s 96x96  faster")
+    first = next((line for line in table.values() if "madds" in line), {})
     for name, line in table.items():
         quality = f"{line['psnr']:>8.3f} {line['ssim']:>7.4f}"
-        print(f"{name:10}{quality} {cost_columns(line)} {line['seconds']:>8.2f}")
+        print(f"{name:10}{quality} {cost_columns(line, first)}")
     found = []
-    for name in ("comparison.png", "channels.json", "report.json", "log.jsonl",
+    for name in ("comparison.png", "channels.json", "latency.json", "report.json", "log.jsonl",
                  "train.pt", "search.pt", "select.pt", "tune.pt"):
         if run.has(name):
             found.append(name)
     print(f"\n{run.folder}/: {', '.join(found)}")
 
 
-def cost_columns(line: dict) -> str:
-    """Parameters and MAdds of one line; dashes for bicubic, which has none."""
+def cost_columns(line: dict, first: dict) -> str:
+    """Parameters, MAdds and time of one line, beside those of the first network; dashes for
+    bicubic, which has none.
+    """
     if "params" not in line:
-        return "          -            -           -"
+        return "          -           -            -      -        -       -"
     madds = line["madds"] / 1e9
     madds_720p = line["madds_720p"] / 1e9
-    return f"{line['params']:>11,} {madds:>10.2f} G {madds_720p:>9.1f} G"
+    fewer = first["madds"] / line["madds"]
+    size = f"{line['params']:>11,} {madds_720p:>9.1f} G {madds:>10.2f} G {fewer:>6.2f}"
+    if "latency" not in line:        # a report of before it was measured
+        return f"{size}        -       -"
+    timing = line["latency"]
+    return f"{size} {timing['seconds']:>8.3f} {1 / timing['ratio']:>7.2f}"
 
 
 # ---- comparison.png -----------------------------------------------------------------------------

@@ -15,37 +15,17 @@ the loss as well as a wider one, and chance has a part in that. (In the authors'
 ratio of 0.3, 29 of the 62 widths of 64 channels keep 44, the most they can, 24 keep 40, and 9 36.)
 
 The layers are given as `Pair`s (backbones/base.py, to be read before this) and the loss as
-`loss_fn(out, batch)`, with what the network returned and the true images. `fit_budget` is ours:
-widths for a given total cost; and so is `uniform_widths`, the same part of every layer without any
-search, which a search has to beat. Not here: which channels are kept. Read prune.py next.
+`loss_fn(out, batch)`, with what the network returned and the true images. Not here: the candidates,
+and budgets for the whole network (widths.py); which channels are kept. Read prune.py next.
 """
-import bisect
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # of the width that the ratio leaves
-
-
-def candidates(width: int, ratio: float, multiple: int = 4) -> list[int]:
-    """The six widths that a layer of `width` channels may get, for a pruning ratio in [0, 1).
-
-    (1 − ratio)·width·p for p in FRACTIONS, truncated, rounded to the nearest multiple (a tie goes
-    down), within multiple..width. Rounding may leave a little more than the ratio says:
-    candidates(16, 0.3) ends with 12. Equal candidates stay separate options, as in the release.
-    """
-    result = []
-    for p in FRACTIONS:
-        target = int(width * (1 - ratio) * p)
-        rounded = multiple * ((target + (multiple - 1) // 2) // multiple)
-        result.append(min(max(rounded, multiple), width))
-    return result
+from widths import FRACTIONS, Budget, candidates, fit_budget
 
 
 def importance(model: nn.Module, pair) -> Tensor:
@@ -211,16 +191,21 @@ class Search:
             self.best = (loss, [alpha.detach().clone() for alpha in self.alphas])
         return loss
 
-    def widths(self, budget: "Budget | None" = None) -> dict[str, int]:
+    def widths(self, budget: Budget | None = None) -> dict[str, int]:
         """{pair name: channels to keep}, all heads counted: each pair's largest α of the best state
         that `hold` has seen (before that: of the random start), or the best choice within a budget.
         """
         scores = torch.stack(self.best[1]).log_softmax(1).cpu().double().numpy()   # (pairs, 6)
-        names = [pair.name for pair in self.pairs]
-        sizes = [[pair.heads * n for n in options]
-                 for pair, options in zip(self.pairs, self.candidates)]
-        picks = fit_budget(scores, sizes, names, budget) if budget else scores.argmax(1)
-        return {name: options[k] for name, options, k in zip(names, sizes, picks)}
+        sizes = self.sizes()
+        picks = scores.argmax(1)
+        if budget:
+            picks = fit_budget(scores, list(sizes.values()), list(sizes), budget)
+        return {name: options[k] for (name, options), k in zip(sizes.items(), picks)}
+
+    def sizes(self) -> dict[str, list[int]]:
+        """{pair name: its six candidate widths}, all heads counted."""
+        return {pair.name: [pair.heads * n for n in options]
+                for pair, options in zip(self.pairs, self.candidates)}
 
     def chances(self) -> list[list[float]]:
         """softmax(α) of each pair as it is now, rounded to 4 digits: for the log."""
@@ -251,7 +236,7 @@ def decision(alphas: list[Tensor]) -> str:
 
 
 def search(model: nn.Module, train: Iterator, valid: Iterator, held_out: list, loss_fn: Callable,
-           ratio: float, steps: int, epoch: int = 25, budget: "Budget | None" = None,
+           ratio: float, steps: int, epoch: int = 25, budget: Budget | None = None,
            **options) -> dict[str, int]:
     """{pair name: channels to keep} after `steps` steps on batches of the two iterators.
 
@@ -264,141 +249,3 @@ def search(model: nn.Module, train: Iterator, valid: Iterator, held_out: list, l
         if k % epoch == 0 or k == steps:
             state.hold(held_out)
     return state.widths(budget)
-
-
-# ---- a budget for the whole network -------------------------------------------------------------
-class Budget(NamedTuple):
-    """The most that a network may cost. cost: {pair name: width} -> number, linear in a width."""
-    cost: Callable[[dict[str, int]], int]
-    limit: float
-
-
-def budget_ratio(target: float) -> float:
-    """The pruning ratio whose candidates lie around a `target` (0..1) of the network's cost.
-
-    0.75 is the mean of FRACTIONS.
-    """
-    return max(0.0, 1 - target / 0.75)
-
-
-def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], budget: Budget,
-               bins: int = 20_000) -> list[int]:
-    """Which candidate k each pair takes, so that Σ scores[pair, k] is largest within the budget.
-
-    Our addition to the paper: a knapsack, solved exactly on a grid of `bins` costs, among the
-    choices that cost 99 to 100 % of the limit. scores: (pairs, 6), log softmax(α).
-    ValueError: no choice of candidates costs so much or so little.
-    """
-    smallest = {name: min(options) for name, options in zip(names, sizes)}
-    largest = {name: max(options) for name, options in zip(names, sizes)}
-    floor, ceiling = budget.cost(smallest), budget.cost(largest)
-    grid = budget.limit / bins                                             # cost of one grid step
-    room = int((budget.limit - floor) / grid)        # how many the smallest network leaves to spend
-    if room < 0 or ceiling < 0.99 * budget.limit:
-        raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: the candidate widths "
-                         f"give {floor:,} to {ceiling:,}; choose another --budget or --prune")
-    spent = []                               # (pairs, 6): grid steps above the smallest candidate
-    for name, options in zip(tqdm(names, "budget", leave=False, delay=2), sizes):
-        least, most = min(options), max(options)
-        of_channel = (budget.cost({**smallest, name: most}) - floor) / max(1, most - least)
-        spent.append([int(np.ceil((n - least) * of_channel / grid)) for n in options])
-    # best[c]: the largest score at exactly the cost c, of the pairs so far; picks: how to reach it.
-    best = np.full(room + 1, -np.inf)
-    best[0] = 0.0
-    picks = []
-    for row, steps in zip(scores, spent):
-        options = np.full((len(steps), room + 1), -np.inf)
-        for k, step in enumerate(steps):
-            if step <= room:
-                options[k, step:] = row[k] + best[:room + 1 - step]
-        picks.append(options.argmax(0))
-        best = options.max(0)
-    lowest = max(0, room - bins // 100)      # bins // 100 grid steps are 1 % of the limit
-    at = lowest + int(best[lowest:].argmax())
-    if not np.isfinite(best[at]):
-        raise ValueError(f"no choice of the candidate widths comes within 1 % of the budget of "
-                         f"{budget.limit:,.0f}: choose another --budget or --prune")
-    chosen = []
-    for pick, steps in zip(reversed(picks), reversed(spent)):              # back along the picks
-        chosen.append(int(pick[at]))
-        at -= steps[chosen[-1]]
-    return chosen[::-1]
-
-
-# ---- the same part of every layer ---------------------------------------------------------------
-GOLDEN = (5 ** 0.5 - 1) / 2              # its multiples modulo 1 are spread evenly over 0..1
-
-
-def uniform_widths(pairs: list, ratio: float, multiple: int = 4,
-                   budget: Budget | None = None) -> dict[str, int]:
-    """{pair name: channels to keep}, all heads counted: the same part of every layer, no search.
-
-    Without a budget each layer takes its widest candidate, the part 1 − ratio. With one the part is
-    the largest that the budget allows. Rounding makes layers of equal width change all at once, and
-    much of the budget may be left; so as many layers as it allows are already rounded up as if the
-    part were a little larger, evenly spread over the network (see `widen`). (Ours.)
-    ValueError: no such widths come within 1 % below the budget.
-    """
-    if budget is None:
-        return {pair.name: pair.heads * candidates(pair.width, ratio, multiple)[-1]
-                for pair in pairs}
-    steps = []
-    for i, pair in enumerate(pairs):
-        for n in widenings(pair, multiple):
-            # `candidates` rounds width·part up to n from here on
-            part = (n - (multiple - 1) // 2) / pair.width
-            steps.append((part, GOLDEN * i % 1, pair, n))
-    steps.sort(key=lambda step: step[:2])
-    return widen(pairs, [step[2:] for step in steps], multiple, budget)
-
-
-def widenings(pair, multiple: int) -> range:
-    """The multiples above the narrowest, up to the first that holds all channels of the pair."""
-    return range(2 * multiple, pair.width + multiple, multiple)
-
-
-def widen(pairs: list, steps: list[tuple], multiple: int, budget: Budget) -> dict[str, int]:
-    """The widths after as many steps as the budget allows, beginning with the narrowest layers.
-
-    Where the next step costs too much, cheaper ones behind it are taken, one for a pair, until the
-    network costs 99 % of the budget.
-    steps: (pair, its next larger width n, per head), in the order in which they are to be taken.
-    ValueError: the narrowest layers cost too much, or more than 1 % of the budget remains.
-    """
-    bar = tqdm(desc="budget", unit="network", leave=False, delay=2)
-
-    def cost_of(widths: dict[str, int]) -> int:
-        bar.update()
-        return budget.cost(widths)
-
-    def after(count: int) -> dict[str, int]:
-        widths = {pair.name: pair.heads * min(multiple, pair.width) for pair in pairs}
-        for pair, n in steps[:count]:
-            widths[pair.name] = pair.heads * min(n, pair.width)
-        return widths
-
-    def cost(count: int) -> int:
-        return cost_of(after(count))
-
-    # the cost rises with every step
-    count = bisect.bisect_right(range(len(steps) + 1), budget.limit, key=cost) - 1
-    if count < 0:
-        raise ValueError(f"the budget of {budget.limit:,.0f} cannot be met: layers of {multiple} "
-                         f"channels cost {cost(0):,}; choose another --budget")
-    widths = after(count)
-    spent = cost_of(widths)
-    tried = set()
-    for pair, n in steps[count:]:
-        if spent >= 0.99 * budget.limit:
-            break
-        wider = {**widths, pair.name: pair.heads * min(n, pair.width)}
-        if pair.name not in tried and cost_of(wider) <= budget.limit:
-            widths = wider
-            spent = budget.cost(widths)
-        tried.add(pair.name)
-    bar.close()
-    if spent < 0.99 * budget.limit:
-        raise ValueError(f"no widths of this kind come within 1 % of the budget of "
-                         f"{budget.limit:,.0f}, the nearest cost {spent:,}: choose another "
-                         f"--budget")
-    return widths

@@ -33,10 +33,11 @@ class Settings:
     prune: float = 0.0                # R in [0, 1): the widest candidate of a layer keeps 1 − R of
     #                                   its hidden channels, the narrowest half of that, rounded to
     #                                   multiples of `round`; 0: no cut
-    budget: tuple[str, float] | None = None  # ("params" or "madds", the part of it to keep; ours)
+    budget: tuple[str, float] | None = None  # ("params", "madds" or "latency", the part of it to
+    #                                   keep; ours)
     widths: str = "searched"          # or "uniform": no search, the same part of every layer (ours)
     round: int = 4                    # widths are multiples of this (in attention: those of a
-    #                                   head); release: 4, and 8 suits GPUs
+    #                                   head); release: 4; 8 suits GPUs, 16 CPUs with AVX-512
     seed: int = 0                     # of weights, generated pictures and patches
     data: str | None = None           # folder of training pictures; None: generated ones
     pretrained: str | None = None     # file of weights to start from

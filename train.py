@@ -29,12 +29,14 @@ from itertools import islice
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import data
 import dual
 import evaluate
 import flags
 import kernels
+import latency
 import models
 import prune
 import report
@@ -187,8 +189,8 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     model, duals = restore(dense, device)
-    budget = cost_limit(settings, model)
     if settings.widths == "uniform":
+        budget = cost_limit(run, settings, device, model)
         widths = prune.uniform_widths(model.pairs(), settings.prune, settings.round, budget)
         return finish_search(run, settings, model, dict(widths=widths), started)
     searcher = prune.Search(
@@ -196,6 +198,9 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
         rate=settings.search_rate, decay=settings.search_decay, clip=settings.search_clip,
         alpha_rate=settings.alpha_rate, alpha_decay=settings.alpha_decay,
         second_order=not settings.first_order, multiple=settings.round)
+    budget = cost_limit(run, settings, device, model, searcher.sizes())
+    if budget:
+        searcher.widths(budget)      # one that cannot be met is refused now, not after the search
     # the pictures of T, of V, and those held out
     end_of_t, end_of_v = split(len(pictures))
     batches = partial(stream, settings, device, model, settings.search_patch,
@@ -219,17 +224,26 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
     run.repeat("search", settings.search_steps, one_step, both, dict(search=searcher),
                lambda: dict(alpha=searcher.chances()))
     loss, alphas = searcher.best
-    found = dict(widths=searcher.widths(budget), alphas=torch.stack(alphas))
-    return finish_search(run, settings, model, found, started, held_out=round(loss, 4),
-                         decision=prune.decision(alphas))
+    facts = dict(held_out=round(loss, 4), decision=prune.decision(alphas))
+    measured = {}
+    if settings.budget and settings.budget[0] == "latency":
+        run.save("search", settings.search_steps, dict(search=searcher))
+        widths, measured["latency"] = in_time(searcher, model, budget, settings, device)
+    else:
+        widths = searcher.widths(budget)
+    found = dict(widths=widths, alphas=torch.stack(alphas))
+    return finish_search(run, settings, model, found, started, measured, **facts)
 
 
 def finish_search(run: Run, settings: Settings, model, found: dict, started: float,
-                  **facts) -> dict:
-    """Writes channels.json and search.pt, prints what was found; returns it, {"widths": ...}."""
+                  measured: dict | None = None, **facts) -> dict:
+    """Writes channels.json and search.pt, prints what was found; returns it, {"widths": ...}.
+
+    measured: more for channels.json; facts: more for the log.
+    """
     widths = found["widths"]
-    channels = dict(arch=settings.arch, scale=settings.scale, dense=model.widths, widths=widths)
-    run.write_json("channels.json", channels)
+    channels = dict(arch=settings.arch, scale=settings.scale, dense=model.widths)
+    run.write_json("channels.json", channels | (measured or {}) | dict(widths=widths))
     kept = f"{sum(widths.values())}/{sum(model.widths.values())}"
     print(f"search    {kept} channels stay, {facts.get('decision', 'uniform widths, no search')}")
     return run.finish("search", found, started, kept=kept, widths=settings.widths, **facts)
@@ -244,18 +258,48 @@ def split(count: int) -> tuple[int, int]:
     return end_of_v // 2, end_of_v
 
 
-def cost_limit(settings: Settings, model) -> prune.Budget | None:
-    """What --budget asks for: the cost of the whole network as a function of its widths."""
+def cost_limit(run: Run, settings: Settings, device, model,
+               sizes: dict[str, list[int]] | None = None) -> prune.Budget | None:
+    """What --budget asks for: the cost of the whole network as a function of its widths.
+
+    sizes: the candidates, {pair name: widths}; latency is measured for these.
+    """
     if not settings.budget:
         return None
     kind, part = settings.budget
+    if kind == "latency":
+        table = latency.measure_pairs(model, sizes, device, run.folder / "latency.json")
+        return latency.budget(table, part, sizes)
 
-    def cost(widths):
+    def count(widths):
         with torch.device("meta"):
             smaller = model.with_widths(widths)
             return getattr(evaluate.count(smaller, 96, 96), kind)
 
-    return prune.Budget(cost, int(part * cost(model.widths)))
+    # parameters and MAdds are linear in every width: one network more for each pair is enough
+    dense = count(model.widths)
+    of_channel = {}
+    for pair in tqdm(model.pairs(), "budget", leave=False, delay=2):
+        whole = model.widths[pair.name]
+        smallest = count({**model.widths, pair.name: pair.heads})
+        of_channel[pair.name] = (dense - smallest) / max(1, whole - pair.heads)
+
+    def cost(widths):
+        saved = sum(of_channel[name] * (model.widths[name] - n) for name, n in widths.items())
+        return dense - saved
+
+    return prune.Budget(cost, int(part * dense))
+
+
+def in_time(searcher, model, budget: prune.Budget, settings: Settings,
+            device) -> tuple[dict[str, int], dict]:
+    """The widths that take the time of --budget latency=F, and what channels.json says of it."""
+    part = settings.budget[1]
+    widths, timing = latency.fit(searcher.widths, model, budget, part, device)
+    where = latency.device_name(device)
+    print(f"latency   {timing.ratio:.3f} of the dense network's time, asked for were {part:g} "
+          f"(spread {timing.ratio_spread:.3f}), on {where}")
+    return widths, dict(device=where, asked=part, **timing._asdict())
 
 
 # ---- 4 select which ones, then cut --------------------------------------------------------------

@@ -174,7 +174,7 @@ def network(x: float, y: float, *words: str) -> list[str]:
 # ---- method.svg: search, select, cut ------------------------------------------------------------
 CELL = 22                            # side of a weight in the drawings
 HIDDEN, TRUNK = 8, 6                 # channels between the two layers, and in front of and behind
-CANDIDATES = (2, 3, 3, 4, 5, 5)      # search.candidates(8, 0.3, multiple=1)
+CANDIDATES = (2, 3, 3, 4, 5, 5)      # widths.candidates(8, 0.3, multiple=1)
 CHANCES = (0.1, 0.05, 0.05, 0.2, 0.2, 0.4)              # softmax(α); made up, as the weights are
 TAKEN = (2, 5, 0)                    # selected so far, in this order
 SCORES = {1: 0.3, 3: 0.95, 4: 0.6, 6: 0.15, 7: 0.4}     # of the other channels

@@ -183,6 +183,9 @@ def test_a_budget_brings_its_own_ratio_unless_one_is_given():
     assert s.budget == ("params", 0.6)
     assert s.prune == pytest.approx(0.2)
     assert settings("--arch drn_s --budget madds=.6 --prune 0.3").prune == 0.3
+    s = settings("--arch drn_s --budget latency=0.6 --round 16")
+    assert (s.budget, s.round) == (("latency", 0.6), 16)
+    assert s.prune == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("line, folder", [
@@ -190,6 +193,7 @@ def test_a_budget_brings_its_own_ratio_unless_one_is_given():
     ("--arch drn_s --prune 0.3 --widths uniform", "runs/drn_s_x4_p30_uniform"),
     ("--arch drn_s --scale 8", "runs/drn_s_x8_p00"),
     ("--arch dat --scale 2 --budget params=0.7", "runs/dat_x2_params70"),
+    ("--arch drn_s --budget latency=0.65", "runs/drn_s_x4_latency65"),
     ("--arch drn_s --run here", "here")])
 def test_the_run_folder_tells_what_the_run_is(line, folder):
     assert str(parse(line)[0].run) == folder
@@ -216,8 +220,12 @@ def test_the_run_folder_tells_what_the_run_is(line, folder):
      "--search-steps and --first-order belong to --widths searched"),
     ("--arch drn_s --seed -1", "--seed: -1 is below 0"),
     ("--arch drn_s --patch 30", "--patch 30 is not a multiple of the scale 4"),
-    ("--arch drn_s --budget params=1.5", "'params=1.5' is not params=F or madds=F"),
+    ("--arch drn_s --budget params=1.5", "'params=1.5' is not params=F, madds=F or latency=F"),
     ("--arch drn_s --budget params=0.0", "with F in (0, 1]"),
+    ("--arch drn_s --budget latency=0", "'latency=0' is not params=F, madds=F or latency=F"),
+    ("--arch drn_s --budget latency=2", "with F in (0, 1]"),
+    ("--arch drn_s --budget madds=x", "'madds=x' is not params=F, madds=F or latency=F"),
+    ("--arch drn_s --budget time=0.7", "'time=0.7' is not params=F, madds=F or latency=F"),
     ("--arch drn_s --teacher drn_l", "'drn_l' is not ARCH:FILE with ARCH one of drn_s, drn_l"),
     ("--arch drn_s --teacher drn_x:a.pt", "'drn_x:a.pt' is not ARCH:FILE"),
     ("--arch drn_s --preset paper", "--preset paper needs --data DIR"),
@@ -225,7 +233,7 @@ def test_the_run_folder_tells_what_the_run_is(line, folder):
     ("--arch drn_s --pretrained-dual d.pt", "belong to --pretrained FILE"),
     ("--arch dat_light --batch 1",
      "--batch 1: dat_light has BatchNorm over the patches of a step, give at least 2"),
-    ("--arch drn_s --round 6", "--round: invalid choice: 6"),
+    ("--arch drn_s --round 6", "--round: invalid choice: 6 (choose from 4, 8, 16)"),
     ("--arch drn_s --device toaster", "--device: 'toaster' cannot be used here: try cpu")])
 def test_wrong_flags_are_one_sentence(line, words, capsys):
     with pytest.raises(SystemExit, match="2"):

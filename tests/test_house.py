@@ -24,13 +24,15 @@ MAY_IMPORT = {
     "settings": set(),
     # the method
     "dual": set(),
-    "search": set(),
+    "widths": set(),
+    "search": {"widths"},
     "replay": set(),
-    "prune": {"search", "replay"},
+    "prune": {"search", "replay", "widths"},
     # the networks
     "kernels": set(),
     "backbones": {"kernels"},
     "models": {"kernels", "backbones"},
+    "latency": NETWORKS | {"widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
     "files": set(),
@@ -40,10 +42,10 @@ MAY_IMPORT = {
     # the commands
     "upscale": NETWORKS | PICTURES,
     "evaluate": NETWORKS | PICTURES | {"upscale"},
-    "report": NETWORKS | PICTURES | {"upscale", "evaluate"},
+    "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency"},
     "flags": NETWORKS | {"data", "prune", "settings"},
-    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "report", "flags",
-                                    "settings"},
+    "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
+                                    "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "upscale", "evaluate", "flags", "train", "bench", "kernels"}

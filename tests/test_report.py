@@ -1,4 +1,5 @@
 """The report: what is measured, when it is measured again, the table, the sheet of crops."""
+import copy
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 import data
 import evaluate
+import latency
 import leaves
 import models
 import report
@@ -61,7 +63,27 @@ def test_the_report_is_what_evaluate_measures(run, photos):
     assert dense["psnr"] == pytest.approx((rows[0].psnr + rows[1].psnr) / 2, abs=1e-12)
     assert dense["ssim"] == pytest.approx((rows[0].ssim + rows[1].ssim) / 2, abs=1e-12)
     assert (dense["params"], dense["madds"]) == evaluate.count(model, 96, 96)
+    assert dense["latency"]["ratio"] == 1
+    assert dense["latency"]["seconds"] > 0
     assert dense["madds_720p"] == evaluate.count(model, 180, 320).madds       # 320·4 = 1280
+
+
+def test_networks_are_timed_beside_the_first(monkeypatch):
+    """Cut and pruned have the same widths, and are timed as one."""
+    dense, _ = tiny_drn()
+    narrow = dense.with_widths({"up0.rcab0": 4})
+    timed = []
+
+    def interleaved(networks, low):
+        timed.append([network.widths["up0.rcab0"] for network in networks.values()])
+        assert low.shape == (1, 3, 96, 96)
+        return {shape: latency.Timing(1.0, 0.0, shape[2] / 32, 0.0) for shape in networks}
+
+    monkeypatch.setattr(latency, "interleaved", interleaved)
+    found = report.times(dict(dense=dense, cut=narrow, pruned=copy.deepcopy(narrow)), CPU)
+    assert timed == [[32, 4]]
+    assert [timing.ratio for timing in found.values()] == [1, 0.125, 0.125]
+    assert list(found) == ["dense", "cut", "pruned"]
 
 
 def test_a_report_is_made_once_for_the_same_pictures(run, photos, tmp_path):
@@ -86,12 +108,20 @@ def test_the_table(run, capsys):
     run.write_json("report.json", {
         "bicubic": dict(psnr=30.27551, ssim=0.80654, seconds=0.009),
         "dense": dict(psnr=31.2259, ssim=0.82556, seconds=7.119, params=1_234_567,
-                      madds=109_922_000_000, madds_720p=687_012_000_000)})
+                      madds=109_922_000_000, madds_720p=687_012_000_000,
+                      latency=dict(seconds=1.2721, spread=0.1, ratio=1.0, ratio_spread=0.0)),
+        "pruned": dict(psnr=31.2729, ssim=0.8261, seconds=4.46, params=2_770_529,
+                       madds=67_460_000_000, madds_720p=421_700_000_000,
+                       latency=dict(seconds=0.954, spread=0.1, ratio=0.75, ratio_spread=0.01)),
+        "cut": dict(psnr=31.016, ssim=0.82101, seconds=4.64, params=2_770_529,
+                    madds=67_460_000_000, madds_720p=421_700_000_000)})
     report.print_table(run)
     assert capsys.readouterr().out == f"""
-            PSNR-Y    SSIM  parameters  MAdds 96x96  MAdds 720p  s/image
-bicubic     30.276  0.8065           -            -           -     0.01
-dense       31.226  0.8256   1,234,567     109.92 G     687.0 G     7.12
+            PSNR-Y    SSIM  parameters  MAdds 720p  MAdds 96x96  fewer  s 96x96  faster
+bicubic     30.276  0.8065           -           -            -      -        -       -
+dense       31.226  0.8256   1,234,567     687.0 G     109.92 G   1.00    1.272    1.00
+pruned      31.273  0.8261   2,770,529     421.7 G      67.46 G   1.63    0.954    1.33
+cut         31.016  0.8210   2,770,529     421.7 G      67.46 G   1.63        -       -
 
 {run.folder}/: report.json
 """

@@ -267,32 +267,58 @@ def test_budget_is_met_and_the_best_choice_is_taken(limit):
     def cost_of_names(widths):
         return cost({**dense, **widths}.values())
 
-    budget = search.Budget(cost_of_names, limit)
-    picks = search.fit_budget(scores, sizes, list(dense), budget)
+    budget = prune.Budget(cost_of_names, limit)
+    picks = prune.fit_budget(scores, sizes, list(dense), budget)
     chosen = cost([options[k] for options, k in zip(sizes, picks)])
     assert 0.99 * limit <= chosen <= limit
     found = sum(row[k] for row, k in zip(scores, picks))
     assert found == pytest.approx(brute_force(scores, sizes, cost, limit), abs=1e-9)
 
 
+@pytest.mark.parametrize("limit", [26, 31, 38])
+def test_a_budget_of_costs_that_are_no_lines(limit):
+    """Measured times: stairs, and a wider layer that is faster than a narrower one."""
+    draw = np.random.default_rng(limit)
+    sizes = [search.candidates(width, 0.1) for width in (64, 32, 32, 16, 64)]
+    terms = []
+    for options in sizes:
+        terms.append({n: 3 * draw.random() + 2 * np.ceil(n / 16) for n in options})
+    assert any(term[a] > term[b] for term in terms for a in term for b in term if a < b)
+    scores = np.log(draw.dirichlet(np.ones(6), 5))
+    names = list("abcde")
+
+    def cost(widths):
+        return 5 + sum(term[n] for term, n in zip(terms, widths))
+
+    budget = prune.Budget(lambda widths: cost([widths[name] for name in names]), limit)
+    picks = prune.fit_budget(scores, sizes, names, budget)
+    chosen = cost([options[k] for options, k in zip(sizes, picks)])
+    assert 0.99 * limit <= chosen <= limit
+    found = sum(row[k] for row, k in zip(scores, picks))
+    # each of the five costs is rounded up to a grid of 20,000
+    best = brute_force(scores, sizes, cost, limit)
+    best_on_grid = brute_force(scores, sizes, cost, limit * (1 - 5 / 20_000))
+    assert best_on_grid - 1e-9 <= found <= best + 1e-9
+
+
 @pytest.mark.parametrize("limit", [50, 500])
 def test_a_budget_out_of_reach_is_refused(limit):
-    budget = search.Budget(lambda widths: 100 + widths["a"], limit)
+    budget = prune.Budget(lambda widths: 100 + widths["a"], limit)
     with pytest.raises(ValueError, match=f"the budget of {limit} cannot be met"):
-        search.fit_budget(np.zeros((1, 6)), [[4, 4, 8, 8, 12, 12]], ["a"], budget)
+        prune.fit_budget(np.zeros((1, 6)), [[4, 4, 8, 8, 12, 12]], ["a"], budget)
 
 
 def test_a_budget_between_two_candidates_is_refused():
     """One layer of 4 or 12 channels cannot cost 108 of 104 or 112."""
-    budget = search.Budget(lambda widths: 10 * widths["a"], 80)
+    budget = prune.Budget(lambda widths: 10 * widths["a"], 80)
     with pytest.raises(ValueError, match="no choice of the candidate widths comes within 1 %"):
-        search.fit_budget(np.zeros((1, 6)), [[4, 4, 4, 12, 12, 12]], ["a"], budget)
+        prune.fit_budget(np.zeros((1, 6)), [[4, 4, 4, 12, 12, 12]], ["a"], budget)
 
 
 @pytest.mark.parametrize("target, ratio", [(0.75, 0.0), (0.9, 0.0), (0.375, 0.5), (0.6, 0.2)])
 def test_the_ratio_for_a_budget_by_hand(target, ratio):
     """The candidates' mean is 0.75 of what the ratio leaves: 0.8 · 0.75 = 0.6."""
-    assert search.budget_ratio(target) == pytest.approx(ratio)
+    assert prune.budget_ratio(target) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("tiny", [tiny_swinir, tiny_dat])
@@ -311,7 +337,7 @@ def test_search_within_a_budget_of_parameters(tiny):
         largest[pair.name] = pair.heads * max(options)
     limit = (cost(smallest) + cost(largest)) / 2
     widths = prune.search(model, iter(batches), iter(batches), batches[:1], native_loss(duals, 1),
-                          0.1, 1, budget=search.Budget(cost, limit))
+                          0.1, 1, budget=prune.Budget(cost, limit))
     assert 0.99 * limit <= cost(widths) <= limit
     for pair in model.pairs():
         assert widths[pair.name] // pair.heads in search.candidates(pair.width, 0.1)
@@ -327,7 +353,7 @@ def linear_cost(pairs, units):
 
 def test_uniform_widths_are_every_layers_widest_candidate():
     model, _ = tiny_swinir()                     # attention: 2 heads of 6, MLP 24
-    widths = search.uniform_widths(model.pairs(), 0.3, 4)
+    widths = prune.uniform_widths(model.pairs(), 0.3, 4)
     assert set(widths) == set(model.widths)
     for pair in model.pairs():
         assert widths[pair.name] == pair.heads * {6: 4, 24: 16}[pair.width]
@@ -341,7 +367,7 @@ def test_within_a_budget_every_layer_has_the_width_of_the_part_or_the_next_one()
     floor = cost({pair.name: 4 for pair in pairs})
     for part in (0.35, 0.5, 0.62, 0.8, 1.0):
         limit = floor + part * (cost(model.widths) - floor)
-        widths = search.uniform_widths(pairs, 0.0, 4, search.Budget(cost, limit))
+        widths = prune.uniform_widths(pairs, 0.0, 4, prune.Budget(cost, limit))
         assert 0.99 * limit <= cost(widths) <= limit
         for width in {pair.width for pair in pairs}:
             found = [widths[pair.name] for pair in pairs if pair.width == width]
@@ -355,17 +381,17 @@ def test_uniform_widths_of_a_part_are_its_candidates():
     pairs = model.pairs()
     cost = linear_cost(pairs, [7] * len(pairs))
     for ratio in (0.0, 0.22, 0.3, 0.41, 0.55):
-        expected = search.uniform_widths(pairs, ratio)
-        budget = search.Budget(cost, cost(expected))
-        assert search.uniform_widths(pairs, 0.9, 4, budget) == expected
+        expected = prune.uniform_widths(pairs, ratio)
+        budget = prune.Budget(cost, cost(expected))
+        assert prune.uniform_widths(pairs, 0.9, 4, budget) == expected
 
 
 def test_layers_that_are_rounded_up_early_are_spread_over_the_network():
     model, _ = tiny_drn(blocks=12)
     pairs = [pair for pair in model.pairs() if pair.name.startswith("up0.rcab")]
     cost = linear_cost(pairs, [1] * len(pairs))
-    budget = search.Budget(cost, 1000 + 12 * 16 + 4 * 6)      # six of twelve take one step more
-    widths = search.uniform_widths(pairs, 0.0, 4, budget)
+    budget = prune.Budget(cost, 1000 + 12 * 16 + 4 * 6)      # six of twelve take one step more
+    widths = prune.uniform_widths(pairs, 0.0, 4, budget)
     wide = [i for i, pair in enumerate(pairs) if widths[pair.name] == 20]
     assert len(wide) == 6
     assert max(b - a for a, b in zip(wide, wide[1:])) <= 3
@@ -378,9 +404,9 @@ def test_layers_that_are_rounded_up_early_are_spread_over_the_network():
 def test_uniform_widths_out_of_reach_are_refused(limit, words):
     model, _ = tiny_drn()
     pairs = [pair for pair in model.pairs() if pair.width == 8]        # one: down0
-    budget = search.Budget(linear_cost(pairs, [3]), limit)
+    budget = prune.Budget(linear_cost(pairs, [3]), limit)
     with pytest.raises(ValueError, match=words):
-        search.uniform_widths(pairs, 0.3, 4, budget)
+        prune.uniform_widths(pairs, 0.3, 4, budget)
 
 
 # ---- has it decided? ----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """What train.py is given: weights from elsewhere, a budget, a teacher, and files that are wrong."""
+import json
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -8,14 +9,25 @@ import torch
 
 import dual
 import evaluate
+import latency
 import models
 import prune
 import train
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
+from run import Run
 from settings import PRESETS
 from small_runs import QUICK, SIZES, SMALL, log, photo, weights
-from tiny import Evil, parameters, run_command, same
+from tiny import (
+    Evil,
+    parameters,
+    run_command,
+    same,
+    tiny_dat,
+    tiny_dcls,
+    tiny_drn,
+    tiny_swinir,
+)
 
 call = partial(run_command, train)
 
@@ -138,6 +150,63 @@ def test_a_budget_is_met(kind, widths, tmp_path, photos, monkeypatch, capsys):
     dense, pruned = (evaluate.count(models.load(tmp_path / f"{stage}.pt"), 96, 96)
                      for stage in ("train", "tune"))
     assert 0.99 * 0.7 <= getattr(pruned, kind) / getattr(dense, kind) <= 0.7
+
+
+def fake_time(clock, file) -> float:
+    """Milliseconds of a pass of the network in a checkpoint, by the clock of conftest.py."""
+    network = latency.ready(models.load(file), torch.device("cpu"))
+    start = clock.seconds
+    network(torch.zeros(1, 3, 16, 16))
+    return 1000 * (clock.seconds - start)
+
+
+def test_a_budget_of_time_is_met(tmp_path, photos, monkeypatch, capsys, stairs):
+    """By a clock that goes by stairs. What was measured is not measured again."""
+    arguments = [a for a in QUICK if a not in ("--prune", "0.3")]
+    arguments += ["--run", tmp_path, "--test", photos, "--budget", "latency=0.7", "--round", "4"]
+    code, printed, _ = call(monkeypatch, capsys, *arguments)
+    assert code == 0
+    part = fake_time(stairs, tmp_path / "tune.pt") / fake_time(stairs, tmp_path / "train.pt")
+    assert abs(part / 0.7 - 1) < 0.05
+    found = json.loads((tmp_path / "channels.json").read_text())
+    assert found["widths"] == models.load(tmp_path / "tune.pt").widths
+    assert found["latency"]["device"] == latency.device_name(torch.device("cpu"))
+    assert found["latency"]["asked"] == 0.7
+    assert found["latency"]["ratio"] == pytest.approx(part)
+    assert f"latency   {part:.3f} of the dense network's time, asked for were 0.7" in printed
+    table = json.loads((tmp_path / "report.json").read_text())
+    assert table["pruned"]["latency"]["ratio"] == pytest.approx(part)
+    # a run that lost its search keeps what it measured
+    for stage in ("search", "select", "tune"):
+        (tmp_path / f"{stage}.pt").unlink()
+    monkeypatch.setattr(latency, "time_pass", lambda *_: pytest.fail("measured again"))
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    again = json.loads((tmp_path / "channels.json").read_text())
+    assert again["widths"] == found["widths"]
+
+
+def test_a_time_out_of_reach_is_refused_before_the_search(tmp_path, photos, monkeypatch, capsys,
+                                                          stairs):
+    monkeypatch.setattr(prune.Search, "step", lambda *_: pytest.fail("searched in vain"))
+    code, _, errors = call(monkeypatch, capsys, *QUICK, "--run", tmp_path, "--test", photos,
+                           "--budget", "latency=0.05")
+    assert code == 1
+    said = errors.splitlines()[-1]
+    assert said.startswith("error: --budget latency=0.05 cannot be met: on ")
+    assert said.endswith("choose another budget or another --prune")
+
+
+def test_parameters_and_madds_are_linear_in_every_width(tmp_path):
+    """So train.cost_limit counts one network more for each pair, and no other."""
+    for tiny in (tiny_drn, tiny_swinir, tiny_dat, tiny_dcls):
+        model, _ = tiny()
+        searcher = prune.Search(model, None, 0.3, multiple=1)
+        widths = {name: each[1] for name, each in searcher.sizes().items()}
+        for kind in ("params", "madds"):
+            settings = replace(PRESETS["drn", "quick"], budget=(kind, 0.7))
+            budget = train.cost_limit(Run(tmp_path, {}), settings, None, searcher.model)
+            expected = getattr(evaluate.count(model.with_widths(widths), 96, 96), kind)
+            assert budget.cost(widths) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_larger_teacher_can_be_given(tmp_path, photos, monkeypatch, capsys):
