@@ -39,6 +39,7 @@ STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xti
                         "ytick.labelcolor"), INK)
 SMALL = (4.4, 2.9)                   # inches; two or three of these stand side by side
 WIDE = (12, 2.9)
+LONGEST = 22                         # letters of a network's name beside its point
 STAGES = {"train": "Training", "search": "Search", "tune": "Fine-tuning"}
 SHADES = LinearSegmentedColormap.from_list("shades", [COLOURS[0] + "00", COLOURS[0] + "ff"])
 
@@ -147,8 +148,9 @@ def likeliest(steps: list[int], p: np.ndarray, name: str) -> str:
     axes.plot(steps, largest, color=COLOURS[0], alpha=0.25, linewidth=0.7)
     axes.plot(steps, np.median(largest, 1), color=COLOURS[0], linewidth=2, label="median layer")
     axes.axhline(1 / p.shape[2], color=GREY, linestyle="--", label="all widths equal")
+    finish(axes, 0)
     axes.set_ylim(0, 1.02)
-    finish(axes, 2)
+    axes.legend(fontsize=8, ncols=2, loc="lower right")
     return svg(figure, f"{name}-likeliest", "Chance of each layer's likeliest width over the steps")
 
 
@@ -165,12 +167,12 @@ def average(steps: list[int], p: np.ndarray, name: str) -> str:
 
 
 def final(p: np.ndarray, name: str) -> str:
-    """The chances at the last step; p: (layers, 6)."""
+    """The chances at the last step; p: (layers, 6). The fields get the id "<name>-final-fields"."""
     figure, axes = chart(SMALL, "Chances at the last step", "layer", "candidate width")
     axes.grid(False)
     layers, options = p.shape
     shown = axes.pcolormesh(np.arange(layers + 1) - 0.5, np.arange(options + 1) - 0.5, p.T,
-                            cmap=SHADES, vmin=0, vmax=1, snap=True)
+                            cmap=SHADES, vmin=0, vmax=1, snap=True, gid="fields")
     names = ["narrowest", *(f"{k}" for k in range(2, options)), "widest"]
     axes.set_yticks(range(options), names)
     bar = figure.colorbar(shown, label="chance", ticks=[0, 0.5, 1])
@@ -200,13 +202,14 @@ def widths(dense: dict[str, int], kept: dict[str, int], name: str) -> str:
 
 # ---- quality against cost -----------------------------------------------------------------------
 @matplotlib.rc_context(STYLE)
-def quality(table: dict[str, dict], cost: str, unit: float, label: str) -> str:
+def quality(table: dict[str, dict], cost: str, unit: float, title: str, label: str) -> str:
     """PSNR-Y against a cost, a point per network; bicubic interpolation is a dashed line.
 
     table: {network: its line of report.json}; cost: the name of a number in these lines, shown
-    divided by `unit`; label: what the axis says.
+    divided by `unit`; title: its name; label: the same with the unit, on the axis.
     """
-    figure, axes = chart(SMALL, f"PSNR against {cost}", label, "PSNR-Y (dB)")
+    figure, axes = chart(SMALL, f"PSNR against {title}", label, "PSNR-Y (dB)")
+    xs = [line[cost] / unit for line in table.values() if "params" in line]
     for colour, (name, line) in zip(colours(), table.items()):
         if "params" not in line:
             axes.axhline(line["psnr"], color=GREY, linestyle="--")
@@ -215,8 +218,10 @@ def quality(table: dict[str, dict], cost: str, unit: float, label: str) -> str:
             continue
         x = line[cost] / unit
         axes.plot(x, line["psnr"], "o", color=colour, markersize=8)
-        axes.annotate(name, (x, line["psnr"]), xytext=(7, 5), textcoords="offset points",
-                      color=INK)
-    axes.set_xlim(left=0)
-    axes.margins(0.2, 0.15)
+        aside, side = (7, "left") if x < 0.75 * max(xs) else (-7, "right")
+        short = name if len(name) <= LONGEST else f"…{name[1 - LONGEST:]}"
+        axes.annotate(short, (x, line["psnr"]), xytext=(aside, 5), textcoords="offset points",
+                      ha=side, color=INK)
+    axes.margins(y=0.15)
+    axes.set_xlim(0, 1.1 * max(xs))
     return svg(figure, f"cost-{cost}", f"PSNR-Y against {label}, a point per network")

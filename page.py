@@ -7,6 +7,8 @@ next), and found in the run folders (`Story`). Charts: charts.py.
 import base64
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from crops import most_gained
 
 ASSETS = Path(__file__).parent / "assets"
 MARK = '<meta name="generator" content="report.py of dual regression compression">'
-BYTES = 10_000_000                   # of pictures; in the page's base64 they take a third more
+BYTES = 11_000_000                   # of pictures; in the page's base64 they take a third more
 QUALITY = 95                         # of JPEG, for what is too large to be stored without loss
 NEAR, ZOOM = 72, 4                   # the close-up shows about so many pixels, so much enlarged
 LEAST = 96                           # the smallest side of a part of a picture
@@ -83,16 +85,17 @@ def summary(table: dict[str, dict], pictures: int) -> str:
     if len(networks) == 1:
         return (f'<p class="lead">{escape(networks[0])} is {signed(gain)} against bicubic '
                 f'interpolation {where}.</p>')
-    names = f"{escape(networks[-1])} against {escape(networks[0])}"
-    tiles = [("PSNR-Y", f"{last['psnr']:.3f} dB", signed(last["psnr"] - first["psnr"]))]
+    names = f"{escape(networks[-1])} beside {escape(networks[0])}"
+    tiles = [("PSNR-Y", f"{last['psnr']:.3f} dB", signed(last["psnr"] - first["psnr"])
+              + f" against {networks[0]}")]
     for key, title, shown in (("params", "parameters", f"{last['params'] / 1e6:.2f} M"),
                               ("madds", "multiply-adds", f"{last['madds'] / 1e9:.1f} G"),
                               ("seconds", "time per picture", f"{last['seconds']:.2f} s")):
         tiles.append((title, shown, f"{100 * last[key] / first[key]:.0f} % of {networks[0]}"))
     cells = [f'<div class="tile"><span>{title}</span><b>{shown}</b>'
              f'<span>{escape(part)}</span></div>' for title, shown, part in tiles]
-    return (f'<p class="lead">{names}, {where}; {signed(gain)} against bicubic '
-            f'interpolation.</p>\n<div class="tiles">{"".join(cells)}</div>')
+    return (f'<p class="lead">{names}, {where}; bicubic interpolation reaches '
+            f'{table["bicubic"]["psnr"]:.3f} dB.</p>\n<div class="tiles">{"".join(cells)}</div>')
 
 
 def signed(difference: float) -> str:
@@ -123,9 +126,10 @@ def table_section(table: dict[str, dict]) -> str:
 
 def cost_section(table: dict[str, dict]) -> str:
     """PSNR against parameters, against multiply-adds and against time."""
-    shown = [charts.quality(table, "params", 1e6, "parameters (millions)"),
-             charts.quality(table, "madds", 1e9, "multiply-adds, 96×96 input (billions)"),
-             charts.quality(table, "seconds", 1, "time per picture (s)")]
+    shown = [charts.quality(table, "params", 1e6, "parameters", "parameters (millions)"),
+             charts.quality(table, "madds", 1e9, "multiply-adds",
+                            "multiply-adds, 96×96 input (billions)"),
+             charts.quality(table, "seconds", 1, "time", "time per picture (s)")]
     return f"<h2>Quality and cost</h2>\n{side_by_side(shown)}"
 
 
@@ -143,72 +147,82 @@ def gallery(rows: dict[str, list], pictures: data.Pictures) -> str:
         options = [f"<option{' selected' if name == chosen else ''}>{escape(name)}</option>"
                    for name in names]
         menus.append(f'<label>{side} <select id="{side}">{"".join(options)}</select></label>')
-    figures = []
-    share = BYTES / len(pictures)
-    for i in tqdm(range(len(pictures)), desc="page", unit="picture", leave=False, delay=2):
-        figures.append(slider({name: results[i] for name, results in rows.items()},
-                              pictures.names[i], pictures[i], share))
+    figures = {}
+    left = BYTES
+    # from small to large: what a small picture does not need is left to the larger ones
+    order = sorted(range(len(pictures)), key=lambda i: rows[names[0]][i].image.size)
+    for i in tqdm(order, desc="page", unit="picture", leave=False, delay=2):
+        measured = {name: results[i] for name, results in rows.items()}
+        share = left / (len(pictures) - len(figures))
+        figures[i], taken = slider(measured, pictures.names[i], pictures[i], share)
+        left -= taken
     return f"""<h2>Before and after</h2>
 <p>Drag the edge with mouse or finger, or move it with the arrow keys. The close-up is where
 {escape(names[-2])} gains most over {escape(names[0])}.</p>
 <div class="bench">{"".join(menus)}
 <label><input type="checkbox" id="near"> close-up ×{ZOOM}</label></div>
 <div class="gallery">
-{chr(10).join(figures)}
+{chr(10).join(figures[i] for i in range(len(pictures)))}
 </div>"""
 
 
-def slider(measured: dict, name: str, picture: data.Picture, share: float) -> str:
-    """One picture in all versions; measured: {upscaler: evaluate.Row}."""
+def slider(measured: dict, name: str, picture: data.Picture, share: float) -> tuple[str, int]:
+    """(one picture in all versions, the bytes of its files); measured: {upscaler: evaluate.Row}."""
     first, *_, last = names = list(measured)
     original = picture.images[max(picture.images)]
     height, width = measured[first].image.shape[:2]
     versions = [row.image for row in measured.values()] + [original[:height, :width]]
-    before, after = versions[names.index(first)], versions[names.index(last)]
-    files, how, shape = stored(versions, share, lambda side: most_gained(before, after, original,
-                                                                         side))
-    rows, columns = most_gained(before, after, original, NEAR) if shape == (height, width) else (
-        slice(0, shape[0]), slice(0, shape[1]))
-    origin = (f"{50 * (columns.start + columns.stop) / shape[1]:.1f}% "
-              f"{50 * (rows.start + rows.stop) / shape[0]:.1f}%")
+    before, after = versions[0], versions[-2]
+    versions, files, how = stored(versions, share, partial(most_gained, before, after, original))
+    kind = "jpeg" if how else "webp"
+    before, after, original = (versions[k] for k in (0, -2, -1))     # now perhaps only a part
+    rows, columns = most_gained(before, after, original, NEAR)
+    height, width = original.shape[:2]
+    middle = (f"{50 * (columns.start + columns.stop) / width:.1f}% "
+              f"{50 * (rows.start + rows.stop) / height:.1f}%")
     says = [f"{upscaler} {row.psnr:.2f} dB" for upscaler, row in measured.items()] + ["original"]
     layers = []
     for version, file, text in zip([*names, "original"], files, says):
         side = {first: " left", last: " right"}.get(version, "")
         layers.append(f'<div class="layer{side}" data-version="{escape(version)}" '
                       f'data-says="{escape(text)}"><img alt="{escape(f"{name}: {text}")}" '
-                      f'style="transform-origin: {origin}" src="{file}"></div>')
-    return f"""<figure class="slider">
-<div class="frame" style="--zoom: {ZOOM}; aspect-ratio: {shape[1]} / {shape[0]}">
+                      f'style="transform-origin: {middle}" src="{uri(file, kind)}">'
+                      f'</div>')
+    html = f"""<figure class="slider">
+<div class="frame" style="--zoom: {ZOOM}; aspect-ratio: {width} / {height}">
 {"".join(layers)}<div class="handle"></div>
 <span class="tag left">{escape(says[0])}</span><span class="tag right">{escape(says[-2])}</span>
 <input type="range" min="0" max="100" value="50" step="any"
 aria-label="{escape(name)}: where the left version ends, percent">
 </div>
-<figcaption>{escape(name)}, {shape[1]}×{shape[0]} pixels{how}</figcaption>
+<figcaption>{escape(name)}, {width}×{height} pixels{how}</figcaption>
 </figure>"""
+    return html, sum(map(len, files))
 
 
-def stored(images: list[np.ndarray], share: float, part) -> tuple[list[str], str, tuple]:
-    """(data URIs, what is to be said about it, (height, width)) of the versions of a picture.
+def stored(images: list[np.ndarray], share: float,
+           part: Callable) -> tuple[list[np.ndarray], list[bytes], str]:
+    """(images that are shown, their files, what is to be said about it), of a picture's versions.
 
-    Together they take about `share` bytes: without loss if that suffices, else as JPEG, else a
-    square as JPEG. images: uint8 (H, W, 3), all of one size; part: side -> (rows, columns) of the
-    square to be shown.
+    Together the files take about `share` bytes: without loss if that suffices, else as JPEG, else
+    a square as JPEG. images: uint8 (H, W, 3), all of one size; part: side -> (rows, columns) of
+    the square.
     """
     files = [encode(image, "WEBP", lossless=True, quality=0, method=0) for image in images]
-    size = images[0].shape[:2]
     if sum(map(len, files)) <= share:
-        return [uri(file, "webp") for file in files], "", size
-    files = [encode(image, "JPEG", quality=QUALITY, subsampling=0) for image in images]
-    how = f" (too large to be stored without loss: JPEG of quality {QUALITY})"
-    if sum(map(len, files)) > share:
-        side = max(LEAST, int((share / sum(map(len, files)) * size[0] * size[1]) ** 0.5))
+        return images, files, ""
+    how = f": JPEG of quality {QUALITY}, since without loss it would make the page too large"
+    jpeg = partial(encode, kind="JPEG", quality=QUALITY, subsampling=0)
+    files = [jpeg(image) for image in images]
+    size = sum(map(len, files))
+    if size > share:
+        height, width = images[0].shape[:2]
+        side = max(LEAST, int((share / size * height * width) ** 0.5))
         box = part(side)
-        how = f", a part of {size[1]}×{size[0]}{how}"
+        how = f", a part of {width}×{height}{how}"
         images = [image[box] for image in images]
-        files = [encode(image, "JPEG", quality=QUALITY, subsampling=0) for image in images]
-    return [uri(file, "jpeg") for file in files], how, images[0].shape[:2]
+        files = [jpeg(image) for image in images]
+    return images, files, how
 
 
 def encode(image: np.ndarray, kind: str, **options) -> bytes:
@@ -241,7 +255,7 @@ def widths_section(story: Story, name: str, key: str) -> str:
         says = f"{layer}: {kept} of {whole} channels kept"
         if heads > 1:
             says += f", the same {len(order)} of {whole // heads} in each of {heads} heads"
-        says += ". In the order of selection:"
+        says += ". Channel by channel, its place in the order of selection; empty: cut."
         svg = svg.replace(f'<g id="{key}-bar-{i}"', (
             f'<g class="bar" data-panel="{key}-order" data-says="{escape(says)}" '
             f'data-dense="{whole // heads}" data-order="{json.dumps(order)}"'))
@@ -252,7 +266,7 @@ def widths_section(story: Story, name: str, key: str) -> str:
 <p>{total[0]:,} of {total[1]:,} hidden channels stay ({100 * total[0] / total[1]:.0f} %). Point at a
 bar, or tap it, to see which channels of the layer, and in which order they were selected.</p>
 <div class="broad">{svg}</div>
-<div class="order soft" id="{key}-order" aria-live="polite">No layer chosen.</div>
+<div class="order soft" id="{key}-order" aria-live="polite"></div>
 <details><summary>All layers as a table</summary><div class="wide"><table>
 <tr><th>layer</th><th>dense</th><th>kept</th><th>channels in the order of selection</th></tr>
 {chr(10).join(lines)}

@@ -53,7 +53,7 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
     data.write_image(run.folder / "comparison.png", comparison(shown, pictures, scale))
     facts = surroundings(device)
     story = tell(run.folder, states["dense"])
-    title = f"{story.name}: {states['dense']['arch']} ×{scale}"
+    title = f"{states['dense']['arch']} ×{scale}, run {story.name}"
     html = page.build(title, table, shown, pictures, [story], facts)
     write_file(run.folder / "report.html", html.encode())
     psnr = {name: round(line["psnr"], 3) for name, line in table.items()}
@@ -117,9 +117,11 @@ def last_test(folder: Path) -> str | None:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl; half a line, which kill -9 may leave, is skipped."""
+    """The lines of log.jsonl, if there is one; half a line, which kill -9 may leave, is skipped."""
     lines = []
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    file = folder / "log.jsonl"
+    text = file.read_text() if file.exists() else ""
+    for line in text.splitlines():
         with suppress(ValueError):
             lines.append(json.loads(line))
     return lines

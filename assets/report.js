@@ -48,14 +48,18 @@ function showOrder(bar) {
     if (place >= 0) {
       cell.className = "kept";
       cell.textContent = place + 1;
-      cell.style.background = `rgb(47 129 247 / ${100 - 55 * place / order.length}%)`;
+      cell.style.background = `rgb(9 105 218 / ${100 - 35 * place / order.length}%)`;
     }
     cells.append(cell);
   }
   panel.replaceChildren(bar.dataset.says, cells);
 }
 
-for (const bar of all(".bar")) {
-  bar.addEventListener("mouseenter", () => showOrder(bar));
-  bar.addEventListener("click", () => showOrder(bar));
+for (const chart of all(".broad")) {
+  const bars = all(".bar", chart);
+  for (const bar of bars) {
+    bar.addEventListener("mouseenter", () => showOrder(bar));
+    bar.addEventListener("click", () => showOrder(bar));
+  }
+  showOrder(bars[0]);
 }
