@@ -25,7 +25,7 @@ ASSETS = Path(__file__).parent / "assets"
 MARK = '<meta name="generator" content="report.py of dual regression compression">'
 BYTES = 11_000_000                   # of pictures; in the page's base64 they take a third more
 QUALITY = 95                         # of JPEG, for what is too large to be stored without loss
-NEAR, ZOOM = 72, 4                   # the close-up shows about so many pixels, so much enlarged
+NEAR = 128                           # pixels from left to right in a close-up
 LEAST = 96                           # the smallest side of a part of a picture
 
 
@@ -157,10 +157,10 @@ def gallery(rows: dict[str, list], pictures: data.Pictures) -> str:
         figures[i], taken = slider(measured, pictures.names[i], pictures[i], share)
         left -= taken
     return f"""<h2>Before and after</h2>
-<p>Drag the edge with mouse or finger, or move it with the arrow keys. The close-up is where
-{escape(names[-2])} gains most over {escape(names[0])}.</p>
+<p>Drag the edge with mouse or finger, or move it with the arrow keys. The close-up
+shows the {NEAR} pixels where {escape(names[-2])} gains most over {escape(names[0])}.</p>
 <div class="bench">{"".join(menus)}
-<label><input type="checkbox" id="near"> close-up ×{ZOOM}</label></div>
+<label><input type="checkbox" id="near"> close-up</label></div>
 <div class="gallery">
 {chr(10).join(figures[i] for i in range(len(pictures)))}
 </div>"""
@@ -176,20 +176,20 @@ def slider(measured: dict, name: str, picture: data.Picture, share: float) -> tu
     versions, files, how = stored(versions, share, partial(most_gained, before, after, original))
     kind = "jpeg" if how else "webp"
     before, after, original = (versions[k] for k in (0, -2, -1))     # now perhaps only a part
-    rows, columns = most_gained(before, after, original, NEAR)
     height, width = original.shape[:2]
-    middle = (f"{50 * (columns.start + columns.stop) / width:.1f}% "
-              f"{50 * (rows.start + rows.stop) / height:.1f}%")
+    zoom = max(1, width / NEAR)
+    down, across = most_gained(before, after, original, NEAR)
+    near = (f"--zoom: {zoom:.2f}; --across: {shift(across, width, zoom):.1f}%; "
+            f"--down: {shift(down, height, zoom):.1f}%")
     says = [f"{upscaler} {row.psnr:.2f} dB" for upscaler, row in measured.items()] + ["original"]
     layers = []
     for version, file, text in zip([*names, "original"], files, says):
         side = {first: " left", last: " right"}.get(version, "")
         layers.append(f'<div class="layer{side}" data-version="{escape(version)}" '
                       f'data-says="{escape(text)}"><img alt="{escape(f"{name}: {text}")}" '
-                      f'style="transform-origin: {middle}" src="{uri(file, kind)}">'
-                      f'</div>')
+                      f'src="{uri(file, kind)}"></div>')
     html = f"""<figure class="slider">
-<div class="frame" style="--zoom: {ZOOM}; aspect-ratio: {width} / {height}">
+<div class="frame" style="{near}; aspect-ratio: {width} / {height}">
 {"".join(layers)}<div class="handle"></div>
 <span class="tag left">{escape(says[0])}</span><span class="tag right">{escape(says[-2])}</span>
 <input type="range" min="0" max="100" value="50" step="any"
@@ -198,6 +198,14 @@ aria-label="{escape(name)}: where the left version ends, percent">
 <figcaption>{escape(name)}, {width}×{height} pixels{how}</figcaption>
 </figure>"""
     return html, sum(map(len, files))
+
+
+def shift(part: slice, whole: int, zoom: float) -> float:
+    """How far an enlarged picture is to be moved, in percent of its size before, so that a part of
+    it comes to the middle of the frame; but not beyond the picture's edge.
+    """
+    middle = 50 * (part.start + part.stop) / whole
+    return min(0, max(100 - 100 * zoom, 50 - middle * zoom))
 
 
 def stored(images: list[np.ndarray], share: float,

@@ -2,14 +2,24 @@
 
 The messages are JSON with a zero byte after each; Chromium reads them from its file descriptor 3
 and writes to 4 (--remote-debugging-pipe). https://chromedevtools.github.io/devtools-protocol
+
+    python tests/browser.py runs/drn_s_x4_p30/report.html assets/report.png
+
+draws the picture of a page that README.md shows: its top.
 """
 import base64
+import io
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 120                        # for an answer; a busy machine is slow to start a browser
@@ -143,3 +153,17 @@ def is_error(event: dict) -> bool:
             or event["method"] == "Network.loadingFailed"
             or event["method"] == "Runtime.consoleAPICalled" and found["type"] == "error"
             or event["method"] == "Log.entryAdded" and found["entry"]["level"] == "error")
+
+
+def draw(page: Path, output: Path) -> None:
+    """Writes the picture of a page for README.md, in 256 colours: it is not to take megabytes."""
+    with tempfile.TemporaryDirectory() as folder, Browser(folder) as window:
+        window.open(page, 1280, 1410)
+        shown = Image.open(io.BytesIO(window.screenshot())).convert("RGB")
+    shown = shown.crop((0, 0, 1265, 1410))                       # without the scroll bar
+    shown = shown.resize((960, 1070), Image.Resampling.LANCZOS)
+    shown.quantize(256).save(output, optimize=True)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))

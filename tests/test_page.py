@@ -213,19 +213,43 @@ def test_what_is_too_large_is_stored_as_jpeg_and_then_in_part():
     assert shown[0].shape == np.array(Image.open(io.BytesIO(files[0]))).shape
 
 
-def test_what_a_small_picture_does_not_need_is_left_to_a_large_one(monkeypatch):
-    sizes = [(600, 400), (40, 40)]
+def gallery_of(sizes: list[tuple], names: list[str]) -> tuple[str, int]:
+    """(the gallery of such pictures, the bytes of all versions without loss)."""
     originals = [picture((90, 90, 90), i, *size) for i, size in enumerate(sizes)]
-    pictures = data.Pictures(["large", "small"],
-                             lambda i: data.Picture({1: originals[i], 4: originals[i]}), (1, 4))
+    pictures = data.Pictures(names, lambda i: data.Picture({1: originals[i], 4: originals[i]}),
+                             (1, 4))
     rows = {name: [Row("", 30.0, 0.9, 1.0, image) for image in originals]
             for name in ("first", "last")}
-    needed = sum(len(page.encode(image, "WEBP", lossless=True, quality=0, method=0))
-                 for image in originals * 3)
+    files = [page.encode(image, "WEBP", lossless=True, quality=0, method=0)
+             for image in originals * 3]
+    return page.gallery(rows, pictures), sum(map(len, files))
+
+
+def test_what_a_small_picture_does_not_need_is_left_to_a_large_one(monkeypatch):
+    sizes, names = [(600, 400), (40, 40)], ["large", "small"]
+    _, needed = gallery_of(sizes, names)
     monkeypatch.setattr(page, "BYTES", needed)
-    html = page.gallery(rows, pictures)
+    html, _ = gallery_of(sizes, names)
     assert "JPEG" not in html
     assert html.index("large, 400×600") < html.index("small, 40×40"), "in their own order"
+
+
+def test_the_page_is_not_too_large(monkeypatch):
+    """Each of the two could be stored without loss in all that is there for both."""
+    sizes, names = [(300, 400), (400, 400)], ["a", "b"]
+    html, needed = gallery_of(sizes, names)
+    assert len(html) > 4 / 3 * needed, "base64 takes four letters for three bytes"
+    monkeypatch.setattr(page, "BYTES", int(0.7 * needed))
+    html, _ = gallery_of(sizes, names)
+    assert "JPEG" in html
+    assert len(html) < 4 / 3 * 0.7 * needed * 1.1
+
+
+def test_a_close_up_does_not_go_beyond_the_picture():
+    """100 pixels of 600, enlarged 3 times: 200 are seen, from 100 pixels before its middle."""
+    assert page.shift(slice(250, 350), 600, 3) == pytest.approx(-100 * 3 * 200 / 600)
+    assert page.shift(slice(0, 100), 600, 3) == 0
+    assert page.shift(slice(500, 600), 600, 3) == pytest.approx(-100 * 3 * 400 / 600)
 
 
 # ---- in a browser -------------------------------------------------------------------------------
@@ -321,6 +345,26 @@ def test_the_menus_choose_the_versions(window, file):
     assert left == pytest.approx(BLUE, abs=8)
     assert right == pytest.approx(RED, abs=8)
     assert window.value("document.querySelector('.tag.left').textContent") == "pruned 30.00 dB"
+
+
+def test_the_close_up_shows_where_the_gain_is(window, tmp_path):
+    """A picture of 512×384 whose versions differ in one square of 128 pixels, or at an edge."""
+    for top, left in ((160, 320), (0, 384)):
+        original = np.full((384, 512, 3), 128, np.uint8)
+        original[top:top + 128, left:left + 128] = BLUE
+        before = np.full_like(original, 128)
+        pictures = data.Pictures(["a"], lambda i, high=original: data.Picture({1: high, 4: high}),
+                                 (1, 4))
+        rows = {name: [Row("a", 30.0, 0.9, 1.0, image)]
+                for name, image in (("bicubic", before), ("dense", original))}
+        file = tmp_path / "near.html"
+        file.write_text(page.build("x", TABLE, rows, pictures, [], FACTS))
+        window.open(file)
+        assert colours(window, 0.1)[0] == pytest.approx((128,) * 3, abs=3)
+        window.value("near.click()")
+        shown = colours(window, 0.1, 0.45, 0.55, 0.95)
+        for colour, expected in zip(shown, ((128,) * 3, (128,) * 3, BLUE, BLUE)):
+            assert colour == pytest.approx(expected, abs=3)
 
 
 def test_a_bar_shows_its_order_where_the_mouse_is(window, file):
