@@ -1,14 +1,22 @@
-"""What a person looks at after a run: the table on the screen, report.json, comparison.png.
+"""What a person looks at after a run: a table on the screen, report.html, comparison.png.
+
+    python report.py runs/drn_s_x4_p30                  # measures a run anew, rewrites its report
+    python report.py runs/a runs/b other.pt             # several runs or networks in compare.html
 
 The networks of a run (dense, cut, pruned) and bicubic interpolation are measured on test pictures:
 PSNR and SSIM of the luma, parameters, multiply-adds (evaluate.py), and how long they take, measured
 in turns (latency.py). Pictures come from --test, or are the eight photographs of scikit-image,
 blurred for a blind network.
 
-Not here: the measures themselves (evaluate.py), and what led to the networks. Read run.py next.
+Not here: the measures themselves (evaluate.py), the look of the page (page.py), and what led to the
+networks. Read run.py next.
 """
+import argparse
 import json
 import math
+import platform
+import shlex
+import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -16,39 +24,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
 import evaluate
+import kernels
 import latency
 import models
-import upscale
-from run import Run
+import page
+from crops import comparison
+from run import Run, WrongUsage, command, read_checkpoint, usable_device, write_file
 
-SIDE = 192                           # pixels of a crop in comparison.png
-LABEL = 18                           # height of the text above it
-GAP = 4                              # between two crops
-ACROSS = SIDE + GAP                  # from a crop to the next one
-DOWN = SIDE + LABEL + GAP
-KERNEL = 15                          # middle entries of a blur kernel that are shown,
-ZOOM = 4                             # each as a square of this side
+CHECKPOINT = {"arch", "scale", "widths", "model"}        # what a network of ours holds
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.device) -> None:
-    """Measures bicubic and the networks of `states`; writes report.json and comparison.png.
+    """Measures bicubic and the networks of `states`; writes comparison.png, report.html and, last,
+    report.json.
 
     states: {"dense": checkpoint, ...}, all of one scale.
     test: folder of pictures; None: the photographs.
     """
     started = time.monotonic()
-    dense = models.from_checkpoint(states["dense"])
-    scale = dense.scale
-    pictures = open_pictures(test, scale, dense.kernel_size)
-    # bicubic first, then the networks in their order
-    bicubic = partial(data.imresize, scale=scale)
-    measured = evaluate.evaluate(bicubic, pictures)
+    # report.json comes last: where it stands, the pictures and the log belong to it
+    (run.folder / "report.json").unlink(missing_ok=True)
+    table, rows, pictures = measure_all(states, test, device)
+    shown = {name: results for name, results in rows.items() if name != "cut"}
+    scale = states["dense"]["scale"]
+    data.write_image(run.folder / "comparison.png", comparison(shown, pictures, scale))
+    facts = surroundings(device)
+    story = tell(run.folder, states["dense"])
+    title = f"{states['dense']['arch']} ×{scale}, run {story.name}"
+    html = page.build(title, timed(table), shown, pictures, [story], facts)
+    write_file(run.folder / "report.html", html.encode())
+    psnr = {name: round(line["psnr"], 3) for name, line in table.items()}
+    seconds = round(time.monotonic() - started, 1)
+    run.log(stage="report", seconds=seconds, test=test, **psnr, **facts)
+    run.write_json("report.json", table)
+
+
+def measure_all(states: dict[str, dict], test: str | None,
+                device: torch.device) -> tuple[dict, dict, data.Pictures]:
+    """({upscaler: its line of the table}, {upscaler: its evaluate.Rows}, the pictures) of bicubic
+    and, after it, of the networks in their order; arguments as in `measure`.
+    """
+    first = models.from_checkpoint(next(iter(states.values())))
+    pictures = open_pictures(test, first.scale, first.kernel_size)
+    measured = evaluate.evaluate(partial(data.imresize, scale=first.scale), pictures)
     rows = dict(bicubic=measured)
     table = dict(bicubic=means(measured))
     networks = {}
@@ -62,27 +85,40 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
         networks[name] = network
     for name, timing in times(networks, device).items():
         table[name]["latency"] = timing._asdict()
-    # report.json comes last: where it stands, the picture and the log belong to it
-    (run.folder / "report.json").unlink(missing_ok=True)
-    data.write_image(run.folder / "comparison.png", comparison(rows, pictures, scale))
-    psnr = {name: round(line["psnr"], 3) for name, line in table.items()}
-    seconds = round(time.monotonic() - started, 1)
-    run.log(stage="report", seconds=seconds, test=test, **psnr)
-    run.write_json("report.json", table)
+    return table, rows, pictures
+
+
+def surroundings(device: torch.device) -> dict[str, str]:
+    """The command, the machine, the versions and the date, for the log and the page."""
+    script, *flags = sys.argv
+    machine = latency.device_name(device)
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    return dict(command=shlex.join(["python", Path(script).name, *flags]), machine=machine,
+                versions=f"{versions}, NumPy {np.__version__}", date=time.strftime("%Y-%m-%d"))
 
 
 def is_current(run: Run, test: str | None) -> bool:
     """Whether there is a report, and its pictures were these: log.jsonl tells which they were."""
     if not run.has("report.json"):
         return False
-    measured_on = None
-    log = (run.folder / "log.jsonl").read_text()
-    for line in log.splitlines():
-        with suppress(ValueError):   # kill -9 may leave half a line
-            entry = json.loads(line)
-            if entry["stage"] == "report":
-                measured_on = entry["test"]
-    return measured_on == test
+    return last_test(run.folder) == test
+
+
+def last_test(folder: Path) -> str | None:
+    """The folder of the pictures that a run was last measured on; None: the photographs."""
+    reports = [line for line in read_log(folder) if line["stage"] == "report"]
+    return reports[-1]["test"] if reports else None
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.jsonl, if there is one; half a line, which kill -9 may leave, is skipped."""
+    lines = []
+    file = folder / "log.jsonl"
+    text = file.read_text() if file.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def open_pictures(test: str | None, scale: int, kernel_size: int) -> data.Pictures:
@@ -118,6 +154,12 @@ def times(networks: dict[str, nn.Module], device) -> dict[str, latency.Timing]:
     return {name: measured[shape] for name, shape in shapes.items()}
 
 
+def timed(table: dict) -> dict:
+    """The table for the page, where `seconds` are those that the networks took in turns."""
+    return {name: line | dict(seconds=line.get("latency", line)["seconds"])
+            for name, line in table.items()}
+
+
 # ---- the table ----------------------------------------------------------------------------------
 def print_table(run: Run) -> None:
     """Prints report.json as a table, and which files the run folder holds.
@@ -134,8 +176,8 @@ def print_table(run: Run) -> None:
         quality = f"{line['psnr']:>8.3f} {line['ssim']:>7.4f}"
         print(f"{name:10}{quality} {cost_columns(line, first)}")
     found = []
-    for name in ("comparison.png", "channels.json", "latency.json", "report.json", "log.jsonl",
-                 "train.pt", "search.pt", "select.pt", "tune.pt"):
+    for name in ("report.html", "comparison.png", "channels.json", "latency.json", "report.json",
+                 "log.jsonl", "train.pt", "search.pt", "select.pt", "tune.pt"):
         if run.has(name):
             found.append(name)
     print(f"\n{run.folder}/: {', '.join(found)}")
@@ -157,66 +199,120 @@ def cost_columns(line: dict, first: dict) -> str:
     return f"{size} {timing['seconds']:>8.3f} {1 / timing['ratio']:>7.2f}"
 
 
-# ---- comparison.png -----------------------------------------------------------------------------
-def comparison(rows: dict[str, list], pictures: data.Pictures, scale: int) -> np.ndarray:
-    """A sheet with a line per picture and a column per upscaler, then the original.
-
-    Each crop is the part of most detail. In its corner is the middle of the blur kernel, where
-    there is one: the estimated one, and beside the original the true one.
-    rows: {upscaler: one evaluate.Row per picture}. Returns uint8 (H, W, 3).
-    """
-    # cells lie side by side, with a gap between them but not around
-    columns = len(rows) + 1
-    width = columns * ACROSS - GAP
-    height = len(pictures) * DOWN - GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    for i, name in enumerate(pictures.names):
-        picture = pictures[i]
-        original = picture.images[scale]
-        box = busiest(original, SIDE)
-        top = i * DOWN
-        left = 0
-        for upscaler, measured in rows.items():
-            row = measured[i]
-            label = f"{upscaler} {row.psnr:.2f} dB"
-            draw_cell(sheet, left, top, label, row.image[box], row.kernel)
-            left += ACROSS
-        draw_cell(sheet, left, top, Path(name).stem, original[box], picture.kernel)
-    return np.array(sheet)
+# ---- what the page tells of a run ---------------------------------------------------------------
+def tell(folder: Path, dense: dict) -> page.Story:
+    """What a run folder knows of how its networks came about; dense: the checkpoint of train.pt."""
+    config = json.loads((folder / "config.json").read_text())
+    widths = kept = orders = {}
+    if (folder / "select.pt").exists():
+        selected = read_checkpoint(folder / "select.pt")
+        widths, kept, orders = dense["widths"], selected["widths"], selected["kept"]
+    largest = models.from_checkpoint(dense).rgb_range
+    return page.Story(folder.resolve().name, read_log(folder), config, largest, widths, kept,
+                      orders)
 
 
-def draw_cell(sheet: Image.Image, left: int, top: int, label: str, crop, kernel) -> None:
-    """Draws a crop with its label above and its kernel in the lower right corner.
-
-    left, top: where the label begins. crop: uint8 (h, w, 3). kernel: float (k, k), or None.
-    """
-    sheet.paste(Image.fromarray(crop), (left, top + LABEL))
-    if kernel is not None:
-        start = max(0, len(kernel) - KERNEL) // 2
-        middle = slice(start, (len(kernel) + KERNEL) // 2)
-        inset = upscale.kernel_picture(kernel[middle, middle], ZOOM)
-        x = left + SIDE - len(inset)
-        y = top + LABEL + SIDE - len(inset)
-        sheet.paste(Image.fromarray(inset), (x, y))
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(13)
-    pen.text((left + 2, top + 1), label, "black", font)
+def networks_of(folder: Path) -> dict[str, dict]:
+    """{"dense": checkpoint, ...} of a finished run; ValueError where it is none."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no run folder of train.py: it has no config.json")
+    config = json.loads((folder / "config.json").read_text())
+    stages = dict(dense="train.pt")
+    if config["prune"] or config["budget"]:
+        stages |= dict(cut="select.pt", pruned="tune.pt")
+    for file in stages.values():
+        if not (folder / file).exists():
+            raise ValueError(f"{folder} is not finished, it has no {file}: give its train.py "
+                             f"command again")
+    return {name: read_checkpoint(folder / file) for name, file in stages.items()}
 
 
-def busiest(image: np.ndarray, side: int) -> tuple:
-    """(rows, columns), slices: the side×side square in which neighbouring pixels differ most.
+def network_of(file: Path) -> dict:
+    """The checkpoint in a file; ValueError where it is not one of ours."""
+    state = read_checkpoint(file)
+    if not state.keys() >= CHECKPOINT:
+        raise ValueError(f"{file} does not say what network it is: python evaluate.py --weights "
+                         f"{file} --arch ARCH measures it")
+    return state
 
-    image: uint8 (H, W, 3). Only squares that begin at multiples of 16 are looked at; a smaller
-    image is taken as a whole.
-    """
-    y = torch.from_numpy(image).float().mean(2)                            # (H, W)
-    down = y.diff(dim=0)[:, 1:].abs()                                      # (H − 1, W − 1)
-    across = y.diff(dim=1)[1:].abs()
-    detail = (down + across)[None]                                         # (1, H − 1, W − 1)
-    window = [min(side, n) for n in down.shape]
-    pooled = nn.functional.avg_pool2d(detail, window, stride=16)[0]
-    # the mean detail of every square; the largest is at 16·(row, column)
-    row, column = divmod(int(pooled.argmax()), pooled.shape[1])
-    top = 16 * row
-    left = 16 * column
-    return slice(top, top + side), slice(left, left + side)
+
+# ---- the command --------------------------------------------------------------------------------
+def rebuild(folder: Path, test: str | None, device: torch.device) -> None:
+    """Measures a finished run anew: report.html, comparison.png, report.json, the table."""
+    states = networks_of(folder)
+    run = Run(folder, json.loads((folder / "config.json").read_text()))
+    measure(run, states, test or last_test(folder), device)
+    print_table(run)
+
+
+def compare(paths: list[Path], output: Path, test: str | None, device: torch.device) -> None:
+    """Measures the networks of several runs and files on the same pictures; writes the page."""
+    states = {}
+    stories = []
+    for path in paths:
+        if path.is_dir():
+            found = networks_of(path)
+            stories.append(tell(path, found["dense"])._replace(name=str(path)))
+            found.pop("cut", None)
+            states |= {f"{path} {name}": state for name, state in found.items()}
+        else:
+            states[str(path)] = network_of(path)
+    kinds = {(state["scale"], models.from_checkpoint(state).kernel_size)
+             for state in states.values()}
+    if len(kinds) > 1:
+        raise ValueError("these networks do not enlarge the same small pictures (other scales, or "
+                         "only some are blind), so they cannot be compared: give others")
+    table, rows, pictures = measure_all(states, test, device)
+    html = page.build("Comparison", timed(table), rows, pictures, stories, surroundings(device))
+    write_file(output, html.encode())
+    print(f"wrote {output}")
+
+
+def check_output(output: Path, force: bool) -> None:
+    """WrongUsage: the file is there and was not written by this program."""
+    if output.exists() and not force:
+        with open(output, errors="replace") as file:
+            if page.MARK not in file.read(1000):
+                raise WrongUsage(f"{output} exists and is no page of report.py: give another "
+                                 f"--output, or --force to overwrite it")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a wrong one ends with a sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description="Measure a finished run anew and rewrite its report, or compare several.",
+        allow_abbrev=False)
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="RUN",
+        help="run folders of train.py, and checkpoints (.pt) of them")
+    add("--output", type=Path, metavar="FILE",
+        help="the page that compares several (default compare.html); one run has its report.html")
+    add("--force", action="store_true", help="overwrite FILE, whatever it is")
+    add("--test", metavar="DIR", help="measure on these pictures (default: for one run those of "
+        "its last report, for several the eight photographs of scikit-image)")
+    add("--kernels", choices=("torch", "triton"),
+        help="default: triton where there is a GPU and Triton")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    args.single = len(args.paths) == 1 and args.paths[0].is_dir()
+    if args.single and (args.output or args.force):
+        parser.error(f"--output and --force are for several runs: the page of one is "
+                     f"{args.paths[0] / 'report.html'}")
+    if len(set(args.paths)) < len(args.paths):
+        parser.error("a run or checkpoint is given twice")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    kernels.choose(args.kernels)
+    if args.single:
+        rebuild(args.paths[0], args.test, args.device)
+        return
+    output = args.output or Path("compare.html")
+    check_output(output, args.force)
+    compare(args.paths, output, args.test, args.device)
+
+
+if __name__ == "__main__":
+    command(main)

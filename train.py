@@ -398,6 +398,7 @@ def main() -> None:
     pictures = None
     if not run.has("tune.pt" if compress else "train.pt"):
         pictures = open_data(settings, args.memory)
+        run.log(stage="start", **report.surroundings(device))
 
     # 2 primal and dual training
     dense = run.read("train.pt") or train(run, settings, device, pictures)

@@ -12,13 +12,10 @@ import sys
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
+import crops
 import data
 import evaluate
 import models
@@ -174,7 +171,7 @@ def network(x: float, y: float, *words: str) -> list[str]:
 # ---- method.svg: search, select, cut ------------------------------------------------------------
 CELL = 22                            # side of a weight in the drawings
 HIDDEN, TRUNK = 8, 6                 # channels between the two layers, and in front of and behind
-CANDIDATES = (2, 3, 3, 4, 5, 5)      # widths.candidates(8, 0.3, multiple=1)
+CANDIDATES = (2, 3, 3, 4, 5, 5)      # search.candidates(8, 0.3, multiple=1)
 CHANCES = (0.1, 0.05, 0.05, 0.2, 0.2, 0.4)              # softmax(α); made up, as the weights are
 TAKEN = (2, 5, 0)                    # selected so far, in this order
 SCORES = {1: 0.3, 3: 0.95, 4: 0.6, 6: 0.15, 7: 0.4}     # of the other channels
@@ -286,72 +283,30 @@ def method() -> str:
 
 # ---- crops.png: what it looks like --------------------------------------------------------------
 PHOTOGRAPH = "motorcycle_left"       # one of the eight built-in ones
-CROP, ZOOM = 72, 3                   # pixels of the photograph, and how large each is drawn
-GAP, LABEL = 5, 44                   # between two crops, and for the text above them
 
 
-class Column(NamedTuple):
-    """A crop of the picture. image: uint8 (H, W, 3), the whole photograph."""
-    title: str
-    quality: str
-    image: np.ndarray
-
-
-def crops(folder: Path) -> None:
+def draw_crops(folder: Path) -> None:
     """Draws crops.png: a photograph enlarged by bicubic and by the networks of a run.
 
     folder: a finished run of train.py. Shown is the square in which the pruned network is better
     than bicubic by the most; the PSNR-Y is that of the whole photograph.
     """
-    bicubic, dense, pruned, original = columns = enlarged(folder)
-    top, left = most_gained(bicubic.image, pruned.image, original.image)
-    width = len(columns) * (CROP * ZOOM + GAP) - GAP
-    sheet = Image.new("RGBA", (width, CROP * ZOOM + LABEL))
-    for k, column in enumerate(columns):
-        crop = Image.fromarray(column.image[top:top + CROP, left:left + CROP])
-        draw_column(sheet, k * (CROP * ZOOM + GAP), column, crop)
-    sheet.save(HERE / "crops.png", optimize=True)
-
-
-def enlarged(folder: Path) -> list[Column]:
-    """PHOTOGRAPH by bicubic, by the dense and by the pruned network, and as it is."""
     dense = models.load(folder / "train.pt")
     pruned = models.load(folder / "tune.pt")
     scale = dense.scale
-    pictures = data.photographs((1, scale))
-    i = pictures.names.index(PHOTOGRAPH)
-    upscalers = {"bicubic": partial(data.imresize, scale=scale)}
+    photographs = data.photographs((1, scale))
+    i = photographs.names.index(PHOTOGRAPH)
+    one = photographs[i:i + 1]
+    rows = {"bicubic": evaluate.evaluate(partial(data.imresize, scale=scale), one)}
     for name, network in (("dense", dense), ("pruned", pruned)):
         count = sum(weight.numel() for weight in network.parameters())
-        upscalers[f"{name}, {count / 1e6:.2f}M parameters"] = models.inference(network)
-    columns = []
-    for title, upscaler in upscalers.items():
-        row = evaluate.evaluate(upscaler, pictures[i:i + 1])[0]
-        columns.append(Column(title, f"{row.psnr:.2f} dB", row.image))
-    return [*columns, Column("original", PHOTOGRAPH, pictures[i].images[scale])]
-
-
-def most_gained(before: np.ndarray, after: np.ndarray, original: np.ndarray) -> tuple[int, int]:
-    """(top, left) of the square in which the squared error shrinks most from before to after."""
-    errors = [np.square(image.astype(float) - original).sum(2) for image in (before, after)]
-    gain = torch.from_numpy(errors[0] - errors[1])[None]                   # (1, H, W)
-    means = F.avg_pool2d(gain, CROP, stride=8)[0]
-    row, column = divmod(int(means.argmax()), means.shape[1])
-    return 8 * row, 8 * column
-
-
-def draw_column(sheet: Image.Image, left: int, column: Column, crop: Image.Image) -> None:
-    """Draws one crop, and its text on a dark field of its own."""
-    side = CROP * ZOOM
-    pen = ImageDraw.Draw(sheet)
-    pen.rectangle((left, 0, left + side - 1, LABEL), "#24292f")
-    pen.text((left + 9, 5), column.title, "#ffffff", ImageFont.load_default(14))
-    pen.text((left + 9, 23), column.quality, "#c9d1d9", ImageFont.load_default(14))
-    sheet.paste(crop.resize((side, side), Image.Resampling.NEAREST), (left, LABEL))
+        fast = models.inference(network)
+        rows[f"{name}, {count / 1e6:.2f}M parameters"] = evaluate.evaluate(fast, one)
+    data.write_image(HERE / "crops.png", crops.comparison(rows, one, scale))
 
 
 if __name__ == "__main__":
     (HERE / "loop.svg").write_text(loop())
     (HERE / "method.svg").write_text(method())
     if len(sys.argv) > 1:
-        crops(Path(sys.argv[1]))
+        draw_crops(Path(sys.argv[1]))

@@ -42,14 +42,17 @@ MAY_IMPORT = {
     # the commands
     "upscale": NETWORKS | PICTURES,
     "evaluate": NETWORKS | PICTURES | {"upscale"},
-    "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency"},
+    "crops": PICTURES | {"upscale"},
+    "charts": set(),
+    "page": PICTURES | {"crops", "charts"},
+    "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "page"},
     "flags": NETWORKS | {"data", "prune", "settings"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
                                     "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
-READ_FLAGS = {"run", "upscale", "evaluate", "flags", "train", "bench", "kernels"}
-COMMANDS = {"upscale", "evaluate", "train", "tour", "bench", "kernels"}
+READ_FLAGS = {"run", "upscale", "evaluate", "report", "flags", "train", "bench", "kernels"}
+COMMANDS = {"upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}
 

@@ -1,21 +1,28 @@
-"""The report: what is measured, when it is measured again, the table, the sheet of crops."""
+"""The report: what is measured, when it is measured again, the table, the command report.py."""
 import copy
 import json
+import re
+import shutil
+import sys
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import dual
 import evaluate
 import latency
 import leaves
 import models
 import report
-import upscale
-from evaluate import Row
+import train
+from backbones.drn import DRN
+from backbones.swinir import SwinIR
 from run import Run
-from tiny import tiny_drn
+from small_runs import QUICK, SIZES
+from tiny import run_command, tiny_drn
 
 CPU = torch.device("cpu")
 
@@ -127,56 +134,103 @@ cut         31.016  0.8210   2,770,529     421.7 G      67.46 G   1.63        - 
 """
 
 
-# ---- the sheet of crops -------------------------------------------------------------------------
-def textured(height: int, width: int, box: tuple[slice, slice]) -> np.ndarray:
-    """A grey picture with noise in one box."""
-    image = np.full((height, width, 3), 128, np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, image[box].shape)
-    image[box] = noise
-    return image
+# ---- the command --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that trained, searched, selected and tuned, but has no report."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.PRESETS, "drn_tiny", (DRN, {4: SIZES}))
+        patch.setattr(report, "measure", lambda *a: None)
+        patch.setattr(report, "print_table", lambda *a: None)
+        patch.setattr(sys, "argv", ["train.py", *QUICK, "--run", str(folder)])
+        train.main()
+    return folder
 
 
-def test_the_crop_is_where_the_detail_is():
-    image = textured(400, 480, (slice(112, 304), slice(256, 448)))
-    assert report.busiest(image, 192) == (slice(112, 304), slice(256, 448))
+@pytest.fixture
+def whole(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "whole")
 
 
-def test_a_small_picture_is_shown_as_a_whole():
-    rows, columns = report.busiest(textured(40, 50, (slice(8), slice(8))), 192)
-    assert (rows.start, columns.start) == (0, 0)
-    assert rows.stop >= 40
-    assert columns.stop >= 50
+def test_the_report_of_a_run_is_made_anew(whole, photos, monkeypatch, capsys):
+    code, output, errors = run_command(report, monkeypatch, capsys, whole, "--test", photos)
+    assert code == 0, errors
+    table = json.loads((whole / "report.json").read_text())
+    assert list(table) == ["bicubic", "dense", "cut", "pruned"]
+    assert f"pruned    {table['pruned']['psnr']:8.3f}" in output
+    html = (whole / "report.html").read_text()
+    for shown in (f"{table['pruned']['psnr']:.3f}", "drn_tiny ×4, run whole",
+                  f"python train.py {' '.join(QUICK)}", f"python report.py {whole} --test"):
+        assert shown in html
+    kept = report.read_checkpoint(whole / "select.pt")["kept"]
+    orders = re.findall(r'data-order="([^"]*)"', html)
+    assert [json.loads(order) for order in orders] == list(kept.values())
+    columns = 1 + len(["bicubic", "dense", "pruned"])          # and the original, but not "cut"
+    assert Image.open(whole / "comparison.png").size == (columns * 221 - 5, 2 * 265 - 5)
+
+    # without --test the pictures are the same again
+    (whole / "report.json").unlink()
+    assert run_command(report, monkeypatch, capsys, whole)[0] == 0
+    again = json.loads((whole / "report.json").read_text())
+    assert again["pruned"]["psnr"] == table["pruned"]["psnr"]
 
 
-def test_the_sheet_shows_every_upscaler_and_the_original():
-    """Two pictures, one upscaler: 2 columns and 2 lines of 192 pixels, 18 for text, 4 between."""
-    box = (slice(16, 208), slice(32, 224))
-    originals = [textured(256, 256, box), textured(256, 256, box) // 2]
-    pictures = data.Pictures(["a.png", "b.png"],
-                             lambda i: data.Picture({1: originals[i][::4, ::4], 4: originals[i]}),
-                             (1, 4))
-    results = [255 - image for image in originals]
-    rows = {"ours": [Row("a.png", 30.0, 0.9, 1.0, results[0]),
-                     Row("b.png", 20.0, 0.9, 1.0, results[1])]}
-    sheet = report.comparison(rows, pictures, 4)
-    assert sheet.shape == (2 * (18 + 192) + 4, 2 * 192 + 4, 3)
-    for i, top in enumerate((18, 18 + 192 + 4 + 18)):
-        assert np.array_equal(sheet[top:top + 192, :192], results[i][box])
-        assert np.array_equal(sheet[top:top + 192, 196:], originals[i][box])
-        text = sheet[top - 18:top]
-        assert text[:, :192].min() < 100 and text[:, 196:].min() < 100       # there are letters
-    assert (sheet[:, 192:196] == 255).all()
+def test_several_runs_and_files_are_compared(whole, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
+    call = partial(run_command, report, monkeypatch, capsys, "whole", "whole/select.pt",
+                   "--test", photos)
+    code, output, errors = call()
+    assert code == 0, errors
+    assert output == "wrote compare.html\n"
+    html = (tmp_path / "compare.html").read_text()
+    for name in ("bicubic", "whole dense", "whole pruned", "whole/select.pt"):
+        assert f"<td>{name}</td>" in html
+        assert html.count(f'data-version="{name}"') == 2
+    assert before == {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
+    assert call()[0] == 0, "its own page may be overwritten"
 
 
-def test_the_sheet_shows_the_middle_of_blur_kernels():
-    """31×31 entries: the 15×15 in the middle, 4 pixels each, in the lower right of the crop."""
-    image = textured(192, 192, (slice(192), slice(192)))
-    true, found = np.random.default_rng(0).random((2, 31, 31), np.float32)
-    pictures = data.Pictures(
-        ["a"], lambda i: data.Picture({1: image[::4, ::4], 4: image}, true), (1, 4))
-    sheet = report.comparison({"ours": [Row("a", 30.0, 0.9, 1.0, image, found)]}, pictures, 4)
-    for left, kernel in ((0, found), (196, true)):
-        inset = sheet[18 + 132:18 + 192, left + 132:left + 192]
-        for colour in range(3):
-            shown = upscale.kernel_picture(kernel[8:23, 8:23], 4)
-            assert np.array_equal(inset[..., colour], shown)
+def test_a_strange_file_is_not_overwritten(whole, photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "mine.html"
+    output.write_text("<p>Dear diary")
+    call = partial(run_command, report, monkeypatch, capsys, whole / "tune.pt", "--test", photos,
+                   "--output", output)
+    code, _, errors = call()
+    assert code == 2
+    assert "mine.html exists and is no page of report.py" in errors
+    assert output.read_text() == "<p>Dear diary"
+    assert call("--force")[0] == 0
+    assert report.page.MARK in output.read_text()
+
+
+@pytest.mark.parametrize("arguments, code, sentence", [
+    (["{run}", "--output", "x.html"], 2, "--output and --force are for several runs"),
+    (["{run}", "{run}"], 2, "given twice"),
+    (["{run}/nothing.pt", "{run}"], 1, "nothing.pt does not exist"),
+    (["{run}/..", "{run}"], 1, "is no run folder of train.py: it has no config.json"),
+    (["{run}/state.pt"], 1, "does not say what network it is: python evaluate.py"),
+    (["{run}/train.pt", "{run}/twice.pt"], 1, "do not enlarge the same small pictures"),
+    (["{run}", "--test", "{run}/none"], 1, "none is missing"),
+])
+def test_bad_input_is_one_sentence(whole, monkeypatch, capsys, arguments, code, sentence):
+    torch.save(report.read_checkpoint(whole / "train.pt")["model"], whole / "state.pt")
+    monkeypatch.setitem(models.PRESETS, "swinir_light", (
+        SwinIR, {2: dict(dim=12, depths=(1,), heads=2, direct=True)}))
+    twice = models.build("swinir_light", 2)
+    torch.save(models.checkpoint(twice, dual.make_duals(twice)), whole / "twice.pt")
+    given = [argument.format(run=whole) for argument in arguments]
+    found, _, errors = run_command(report, monkeypatch, capsys, *given)
+    assert sentence in errors
+    assert found == code
+    assert "Traceback" not in errors
+
+
+def test_an_unfinished_run_has_no_report(whole, monkeypatch, capsys):
+    (whole / "tune.pt").unlink()
+    code, _, errors = run_command(report, monkeypatch, capsys, whole)
+    assert code == 1
+    assert "is not finished, it has no tune.pt: give its train.py command again" in errors
+    assert not (whole / "report.json").exists()

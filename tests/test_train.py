@@ -82,9 +82,11 @@ def test_a_run_leaves_what_it_promises(finished):
     folder, output = finished
     names = {f.name for f in folder.iterdir()}
     assert names == {"config.json", "train.pt", "search.pt", "select.pt", "tune.pt", "log.jsonl",
-                     "channels.json", "report.json", "comparison.png"}
+                     "channels.json", "report.json", "report.html", "comparison.png"}
     stages = [line["stage"] for line in log(folder) if "seconds" in line]
     assert stages == [*STAGES, "report"]
+    [start] = [line for line in log(folder) if line["stage"] == "start"]
+    assert "--arch drn_tiny --prune 0.3" in start["command"]
     for words in ("drn_tiny x4", "preset quick", str(folder)):
         assert words in output.splitlines()[0]
 
@@ -414,5 +416,5 @@ def test_a_blind_run_sees_kernels_in_all_stages_and_continues(tmp_path, monkeypa
         assert same(weights(whole, stage), weights(cut, stage)), stage
     shown = np.asarray(Image.open(whole / "comparison.png"))
     true = data.photographs((1, 4), 31)[0].kernel[8:23, 8:23]
-    inset = shown[18 + 192 - 60:18 + 192, -60:, 0]   # lower right of the last column
+    inset = shown[44 + 216 - 60:44 + 216, -60:, 0]   # lower right of the last column
     assert np.array_equal(inset, upscale.kernel_picture(true, 4))
