@@ -13,7 +13,7 @@ import models
 import prune
 import train
 from bench import channels, claims
-from small_runs import picture
+from small_runs import photo
 from tiny import native_loss, parameters, pooled_batch, run_command, tiny_drn, tiny_swinir
 
 BATCHES = [pooled_batch(k, 2, 8) for k in range(2)]
@@ -208,7 +208,7 @@ def small(tmp_path, monkeypatch):
     """The command on tiny sizes: call it with its flags."""
     for name in ("photographs", "Set1"):
         (tmp_path / name).mkdir()
-        picture(96).save(tmp_path / name / "a.png")
+        photo(96).save(tmp_path / name / "a.png")
     monkeypatch.setattr(data, "photographs",
                         lambda scales: data.open_folder(tmp_path / "photographs", scales))
     monkeypatch.setattr(claims, "QUICK", claims.QUICK | dict(
