@@ -12,10 +12,11 @@ what P predicts comes back to x (DRN eq. 3, DRC eq. 2):
     D             maps a prediction of scale src to scale dst; DRN has 4 → 2 and 2 → 1, others 4 → 1
     |·|           the mean absolute difference over all elements
 
-Of two predictions with the same distance to the truth, the one that shrinks back to x wins. D sees
-only predictions, never the truth. D is learned and not simply the bicubic reduction, because in
-real data nobody knows how the small image was made. (P and D cannot agree on some code by which x
-hides in P(x): the first term holds P to the true image, and D is only a few small convolutions.)
+Of two predictions with the same distance to the truth, the one that shrinks back to x wins. What D
+is given is always a prediction, never a true image. D is learned and not simply the bicubic
+reduction, because in real data nobody knows how the small image was made. (P and D cannot agree on
+some code by which x hides in P(x): the first term holds P to the true image, and D is only a few
+small convolutions.)
 
 Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
 backbones (backbones/base.py, to be read next), and what the losses are used for (prune.py,
@@ -56,7 +57,10 @@ class Dual(nn.Module):
 
 
 def make_duals(model: nn.Module) -> nn.ModuleList:
-    """The duals of a backbone with random weights, as its `dual_spec` asks."""
+    """The duals of a backbone with random weights, as its `dual_spec` asks. ValueError: none."""
+    if not model.dual_spec:
+        raise ValueError(f"{type(model).__name__} has no dual_spec: set it, usually to "
+                         f"((scale, 1, 16),), or there is no way back to learn")
     return nn.ModuleList(Dual(*spec) for spec in model.dual_spec)
 
 

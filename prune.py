@@ -121,6 +121,9 @@ def features(network: nn.Module, pair, batch, stored: dict) -> list[Tensor]:
     with (torch.no_grad(), replaying(by_module(network, stored)),
           collecting(network, pair) as found):
         run_to(network, pair.block, batch.images[1])
+    if len(found) != len(pair.consumers):
+        raise ValueError(f"{type(network).__name__}: the block {pair.block} must call each "
+                         f"consumer of {pair.name} once, as a module")
     return found
 
 

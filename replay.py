@@ -49,10 +49,12 @@ def ahead_of(network: nn.Module, pair, batch, stored: dict) -> dict:
     Only the consumer's weights change while channels are chosen, so these are not run again either.
     Of a chain only the last output is read; the members before it get None, which nobody uses.
     """
-    parent, _, position = pair.consumers[0][0].rpartition(".")
-    if not isinstance(network.get_submodule(parent), nn.Sequential) or int(position) == 0:
+    parent, _, own = pair.consumers[0][0].rpartition(".")
+    chain = network.get_submodule(parent)
+    members = [name for name, _ in chain.named_children()]
+    if not isinstance(chain, nn.Sequential) or members[0] == own:
         return {}
-    names = [f"{parent}.{i}" for i in range(int(position))]
+    names = [f"{parent}.{name}" for name in members[:members.index(own)]]
     with replaying(by_module(network, stored)):
         output = run_to(network, names[-1], batch.images[1])
     found = dict.fromkeys(names)
@@ -124,7 +126,7 @@ def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str])
 
     def keep(name):
         def hook(module, inputs, output):
-            finished[name] = output
+            finished[name] = again(output)   # before anything changes it in place
         return hook
 
     hooks = [network.get_submodule(name).register_forward_hook(keep(name))

@@ -52,9 +52,9 @@ class Search:
     channel j; nothing is drawn at random. The ranks are taken anew in every pass, as constants.
 
     Descent on two levels, as in DARTS (arXiv 1806.09055). The first half T of the training images
-    trains the weights w, the second half V the α's, which should be good for the w that training
-    would reach. One trial step of plain descent, to w', stands for that training (as in the
-    release, though the real step, pass 5, is Adam's). The chain rule then gives a second term,
+    trains the weights w of P and D, the second half V the α's, which should be good for the w that
+    training would reach. One trial step of plain descent, to w', stands for that training (as in
+    the release, though the real step, pass 5, is Adam's). The chain rule then gives a second term,
     because w' depends on α through g:
 
         w' = w − ξ·g,   g = ∇_w L(T; w, α) + ρ·w

@@ -1,7 +1,7 @@
 """The widths that a layer may get, and choosing them for a given total cost.
 
-DRC (arXiv 2207.07929, Section 4.1) gives each layer six candidate widths; the search (search.py,
-to be read next) says how good each of them is. What is beyond the candidates is ours: a `Budget`
+DRC (arXiv 2207.07929, Section 4.1) gives each layer six candidate widths; the search (search.py)
+says how good each of them is. What is beyond the candidates is ours: a `Budget`
 for the cost of the whole network, the best candidates within it (`fit_budget`), and the same part
 of every layer without any search (`uniform_widths`), which a search has to beat.
 """

@@ -62,16 +62,18 @@ class Backbone(nn.Module, ABC):
     """The base of all backbones; tour.py shows the smallest one.
 
     A subclass passes its sizes as `config` to this constructor, builds its layers with the hidden
-    widths in `self.widths`, and defines `forward`, `pairs` and `hidden_widths`. Its state dict has
-    the names of the official release, so that released checkpoints load.
+    widths in `self.widths`, and defines `forward`, `pairs`, `hidden_widths` and `dual_spec`
+    (usually ((scale, 1, 16),)). Its state dict has the names of the official release, so that
+    released checkpoints load. tests/test_backbones.py checks all networks in its list; add yours.
 
     Traps, each of which cost somebody an afternoon:
 
     - Selection replays finished blocks (replay.py). So every `Pair.block` must be a module that
-      `forward` calls, once in a pass. Where an nn.Sequential holds blocks, or layers in front of a
-      consumer, each of these must be read by nobody but its successor. (Behind the consumer a block
-      may do as it likes, as DRN's RCAB does. A chain of blocks that read all earlier outputs, as in
-      a DenseNet, belongs in an nn.ModuleList.)
+      `forward` calls, once in a pass, and the block must call the pair's consumers as modules, too.
+      (The convolutions of `Upsample` are not called: they can produce, but not consume.)
+    - Of an nn.Sequential, replay keeps only the last finished output. So until the block is
+      finished, a member's output must not be used by anything but the next member; a skip around
+      the whole is fine. (Blocks that read all earlier outputs belong in an nn.ModuleList.)
     - The order of `pairs()` is the order in which selection works. It must be the order in which
       the forward pass reaches the pairs, those of a block side by side, and `hidden_widths` must
       list the same names in the same order.

@@ -149,7 +149,11 @@ class DRN(Backbone):
         return result
 
     def shuffle_pair(self, i: int) -> Pair:
-        """conv 3×3, PixelShuffle(2), conv 1×1: a channel of the 1×1 is four rows of the 3×3."""
+        """conv 3×3, PixelShuffle(2), conv 1×1: a channel of the 1×1 is four rows of the 3×3.
+
+        Both are members of the up block's Sequential, so that is the block of the pair. The RCABs
+        in it are blocks of their own, finished by then, and replayed.
+        """
         name = f"up{i}.shuffle"
         block = f"up_blocks.{i}"
         width = self.widths[name]

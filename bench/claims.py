@@ -46,7 +46,6 @@ SIZES = {
     "drn_small": (DRN, {4: dict(feats=8, blocks=4)}),                      # 235,097 parameters
     "swinir_small": (SwinIR, {4: dict(dim=24, depths=(2, 2), heads=2, direct=True)}),     # 48,096
 }
-models.PRESETS |= SIZES
 
 # Widths are multiples of 2, not 4: of 8 channels, 30 % off would always be 4. The budget lies in
 # the middle of what the search's candidates cost.
@@ -154,7 +153,7 @@ def numbers(lab: Lab, recipe: Recipe, network: dict) -> dict[str, int]:
         return found["widths"]
     model, _ = train.restore(network, lab.device)
     pairs = model.pairs()
-    budget = train.cost_limit(settings, model)
+    budget = train.cost_limit(None, settings, lab.device, model)      # of parameters: no run
     if recipe.widths == "random":
         rng = np.random.default_rng(settings.seed)
         sizes = []
@@ -349,6 +348,7 @@ def labs(args: argparse.Namespace, name: str, tests: dict) -> list[Lab]:
 
 def main() -> None:
     args = parse_args()
+    models.PRESETS.update(SIZES)
     photographs = data.photographs((1, 4))
     tests = {PHOTOGRAPHS: photographs[:2] if args.quick else photographs}
     for folder in args.test:

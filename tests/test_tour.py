@@ -30,9 +30,11 @@ def test_the_tour_runs_and_writes_its_picture(tmp_path):
         assert words in done.stdout
     rows = {}
     for line in done.stdout.splitlines():
-        if " dB  " in line:
-            psnr, name = line.split(" dB  ")
+        if " dB, " in line:
+            psnr, _, rest = line.partition(" dB, ")
+            apart, name = rest.split("  ")
             rows[name] = float(psnr)
+            assert 0 < float(apart) < 2                  # grey levels
     assert rows["dense"] > rows["bicubic"] + 1
     assert abs(rows["tuned"] - rows["dense"]) < 0.5
     assert Image.open(tmp_path / "tour.png").width > 1000
