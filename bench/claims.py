@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import evaluate
 import models
 import prune
 import train
@@ -228,7 +229,7 @@ def selection_loss(channels: str, loss_fn: Callable, rate: float) -> tuple[Calla
 
 # ---- a cell: one row of one table for one seed --------------------------------------------------
 def cell(lab: Lab, recipe: Recipe | float) -> dict:
-    """{"psnr": {test set: dB}}, for a recipe also "cut" in dB, "seconds" and "params".
+    """{"psnr": {test set: dB}}, for a recipe also "cut" in dB, "seconds", "params" and "madds".
 
     Everything that is finished is read from the cell's folder.
     """
@@ -245,8 +246,9 @@ def cell(lab: Lab, recipe: Recipe | float) -> dict:
         cut = run.finish("select", choose(lab, recipe, original, widths), started)
     tuned = run.read("tune.pt") or train.tune(run, settings, lab.device, lab.pictures, cut,
                                               original)
-    params = sum(tensor.numel() for tensor in tuned["model"].values())
-    return measured(run, lab, dict(psnr={}, seconds=cut["seconds"], params=params), tuned, cut)
+    cost = evaluate.count(models.from_checkpoint(tuned), 96, 96)
+    result = dict(psnr={}, seconds=cut["seconds"])
+    return measured(run, lab, result, tuned, cut) | cost._asdict()
 
 
 def measured(run: Run, lab: Lab, result: dict, network: dict, cut: dict | None = None) -> dict:
@@ -279,7 +281,7 @@ def table(rows: dict[str, list[dict]], tests: list[str], timed: bool) -> str:
     if timed:
         head.append("CPU seconds")
     if compressed:
-        head += ["parameters", "cut"]
+        head += ["parameters", "MAdds", "cut"]
     for test in tests:
         head += [test, "difference", "won"]
     lines = [head, ["---"] * len(head)]
@@ -289,6 +291,8 @@ def table(rows: dict[str, list[dict]], tests: list[str], timed: bool) -> str:
             line.append(spread([result["seconds"] for result in results], 1))
         if compressed:
             line.append(f"{np.mean([result['params'] for result in results]):,.0f}")
+            madds = np.mean([result["madds"] for result in results])
+            line.append(f"{madds / 1e9:.3f} G")
             line.append(spread([result["cut"] for result in results], 3))
         for test in tests:
             values = [result["psnr"][test] for result in results]

@@ -176,19 +176,20 @@ def test_widths_by_l1_mass_hold_the_same_part_of_the_norms():
 # ---- tables -------------------------------------------------------------------------------------
 def test_a_table_by_hand():
     def results(*values):
-        return [dict(psnr=dict(photographs=v), cut=v - 1, seconds=2.0, params=1000)
+        return [dict(psnr=dict(photographs=v), cut=v - 1, seconds=2.0, params=1000,
+                     madds=5e9)
                 for v in values]
 
     text = claims.table({"ours": results(30, 31, 32), "theirs": results(30.1, 31.1, 31.7)},
                         ["photographs"], timed=True)
     assert text.splitlines() == [
-        "|  | CPU seconds | parameters | cut | photographs | difference | won |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| ours | 2.0 ± 0.0 | 1,000 | 30.000 ± 1.000 | 31.000 ± 1.000 | – | – |",
-        "| theirs | 2.0 ± 0.0 | 1,000 | 29.967 ± 0.808 | 30.967 ± 0.808 | -0.033 ± 0.231 | "
-        "2 of 3 |"]
+        "|  | CPU seconds | parameters | MAdds | cut | photographs | difference | won |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| ours | 2.0 ± 0.0 | 1,000 | 5.000 G | 30.000 ± 1.000 | 31.000 ± 1.000 | – | – |",
+        "| theirs | 2.0 ± 0.0 | 1,000 | 5.000 G | 29.967 ± 0.808 | 30.967 ± 0.808 | "
+        "-0.033 ± 0.231 | 2 of 3 |"]
     single = claims.table({"a": results(30), "b": results(31)}, ["photographs"], timed=False)
-    assert single.splitlines()[-1] == "| b | 1,000 | 30.000 | 31.000 | +1.000 | 1 of 1 |"
+    assert single.splitlines()[-1] == "| b | 1,000 | 5.000 G | 30.000 | 31.000 | +1.000 | 1 of 1 |"
 
 
 def test_every_recipe_has_a_folder_of_its_own():
@@ -252,7 +253,7 @@ def test_the_command_continues_and_measures_new_test_sets_only(small, monkeypatc
         "L1 loss alone", "and dual", "and distillation", "and both (DRC)"]
     [uniform] = [row for row in rows if row[0] == "uniform"]
     [both] = [row for row in rows if row[0] == "and both (DRC)"]
-    assert uniform[1:4] == both[1:4]
+    assert uniform[1:5] == both[1:5]
     counts = [int(row[1].replace(",", "")) for row in rows
               if row[0] in claims.QUESTIONS["c"][1]]
     assert len(counts) == 6
