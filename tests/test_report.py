@@ -189,6 +189,7 @@ def test_several_runs_and_files_are_compared(whole, photos, tmp_path, monkeypatc
     for name in ("bicubic", "whole dense", "whole pruned", "whole/select.pt"):
         assert f"<td>{name}</td>" in html
         assert html.count(f'data-version="{name}"') == 2
+    assert "whole cut" not in html
     assert before == {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
     assert call()[0] == 0, "its own page may be overwritten"
 
