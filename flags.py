@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--first-order", action="store_const", const=True,
         help="search without the second-order term: 3 passes, not 5")
     add("--round", type=int, choices=(4, 8, 16),
-        help="widths are multiples of this (default 4; 8 suits GPUs, 16 CPUs with AVX-512)")
+        help="widths are multiples of this (default 4; 8 suits GPUs, 16 DRN on AVX-512)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher_file, metavar="ARCH:FILE",
         help="distil from this network (default: the unpruned one)")

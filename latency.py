@@ -124,10 +124,9 @@ def middle(values) -> tuple[float, float]:
 # A pair's time runs from the call of its first producer to the return of its last consumer. One
 # pass of a network gives the times of all its pairs, where they really run: with the caches as the
 # layer before left them. Each of six networks has other candidates of every pair, so all of them
-# are timed. The widths are mixed within a network, as they will be in the one that is chosen: were
-# they equal, every layer would find memory of the right size that the layer before has just left,
-# and DRN-S would seem 10 % faster than it is. What a network takes besides its pairs does not
-# depend on the widths.
+# are timed. The widths are mixed within a network, as they will be in the one that is chosen. Even
+# so the sum over the layers can be off by a tenth, which is why `fit` measures the whole network.
+# What a network takes besides its pairs does not depend on the widths.
 def measure_pairs(model, options: dict[str, list[int]], device: torch.device, file: Path,
                   side: int = SIDE) -> dict:
     """The time of every candidate width: {"device", "rounds", "dense": ms, "rest": ms, "pairs":

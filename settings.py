@@ -37,7 +37,7 @@ class Settings:
     #                                   keep; ours)
     widths: str = "searched"          # or "uniform": no search, the same part of every layer (ours)
     round: int = 4                    # widths are multiples of this (in attention: those of a
-    #                                   head); release: 4; 8 suits GPUs, 16 CPUs with AVX-512
+    #                                   head); release: 4; 8 suits GPUs, 16 DRN on AVX-512
     seed: int = 0                     # of weights, generated pictures and patches
     data: str | None = None           # folder of training pictures; None: generated ones
     pretrained: str | None = None     # file of weights to start from
