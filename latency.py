@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import models
+from replay import count_calls
 from run import progress, write_file
 from widths import Budget
 
@@ -150,7 +151,7 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
         with torch.random.fork_rng():            # new networks draw weights
             for widths in choices:
                 networks.append(ready(model.with_widths(widths), device))
-        called = called_modules(networks[0], low)
+        called = set(count_calls(networks[0], low))
         pairs = model.pairs()
         with progress("latency", ROUNDS + 1, len(state["times"]), "round") as bar:
             for network in networks:             # a warm one, which does not count
@@ -226,22 +227,6 @@ def between(begin, end) -> float:
     if isinstance(begin, float):
         return 1000 * (end - begin)
     return begin.elapsed_time(end)
-
-
-@torch.inference_mode()
-def called_modules(network: nn.Module, low: torch.Tensor) -> set[str]:
-    """The names of the modules that a forward pass calls."""
-    called = set()
-    hooks = []
-    for name, module in network.named_modules():
-        def note(module, inputs, name=name):
-            called.add(name)
-
-        hooks.append(module.register_forward_pre_hook(note))
-    network(low)
-    for hook in hooks:
-        hook.remove()
-    return called
 
 
 def innermost(layer: str, called: set[str]) -> str:

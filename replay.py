@@ -100,8 +100,8 @@ def run_to(network: nn.Module, name: str, low: Tensor):
 
 
 @torch.no_grad()
-def called_once(network: nn.Module, low: Tensor) -> set[str]:
-    """The names of the modules that a forward pass calls once: only these can be replayed."""
+def count_calls(network: nn.Module, low: Tensor) -> Counter:
+    """{module name: how often a forward pass calls it}."""
     calls = Counter()
     hooks = []
     for name, module in network.named_modules():
@@ -109,7 +109,12 @@ def called_once(network: nn.Module, low: Tensor) -> set[str]:
     network(low)
     for hook in hooks:
         hook.remove()
-    return {name for name, count in calls.items() if count == 1}
+    return calls
+
+
+def called_once(network: nn.Module, low: Tensor) -> set[str]:
+    """The names of the modules that a forward pass calls once: only these can be replayed."""
+    return {name for name, count in count_calls(network, low).items() if count == 1}
 
 
 @torch.no_grad()

@@ -90,6 +90,17 @@ def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], bud
     return chosen[::-1]
 
 
+def cost_table(sizes: list[list[int]], names: list[str], budget: Budget) -> list[list[float]]:
+    """(pairs, 6): what each candidate adds to the cost; the first row bears what is fixed, too."""
+    start = {name: options[0] for name, options in zip(names, sizes)}
+    base = budget.cost(start)
+    table = []
+    for name, options in zip(names, sizes):
+        table.append([budget.cost({**start, name: n}) - base for n in options])
+    table[0] = [base + cost for cost in table[0]]
+    return table
+
+
 # ---- the same part of every layer ---------------------------------------------------------------
 GOLDEN = (5 ** 0.5 - 1) / 2              # its multiples modulo 1 are spread evenly over 0..1
 
@@ -156,25 +167,17 @@ def widen(pairs: list, steps: list[tuple], multiple: int, budget: Budget) -> dic
     for pair, n in steps[count:]:
         if spent >= 0.99 * budget.limit:
             break
-        wider = {**widths, pair.name: pair.heads * min(n, pair.width)}
-        if pair.name not in tried and cost_of(wider) <= budget.limit:
-            widths = wider
-            spent = budget.cost(widths)
+        if pair.name in tried:
+            continue
         tried.add(pair.name)
+        wider = {**widths, pair.name: pair.heads * min(n, pair.width)}
+        more = cost_of(wider)
+        if more <= budget.limit:
+            widths = wider
+            spent = more
     bar.close()
     if spent < 0.99 * budget.limit:
         raise ValueError(f"no widths of this kind come within 1 % of the budget of "
                          f"{budget.limit:,.0f}, the nearest cost {spent:,}: choose another "
                          f"--budget")
     return widths
-
-
-def cost_table(sizes: list[list[int]], names: list[str], budget: Budget) -> list[list[float]]:
-    """(pairs, 6): what each candidate adds to the cost; the first row bears what is fixed, too."""
-    start = {name: options[0] for name, options in zip(names, sizes)}
-    base = budget.cost(start)
-    table = []
-    for name, options in zip(names, sizes):
-        table.append([budget.cost({**start, name: n}) - base for n in options])
-    table[0] = [base + cost for cost in table[0]]
-    return table

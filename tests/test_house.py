@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "backbones": {"kernels"},
     "models": {"kernels", "backbones"},
-    "latency": NETWORKS | {"widths"},
+    "latency": NETWORKS | {"replay", "widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
     "files": set(),
