@@ -75,6 +75,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rate", type=positive, metavar="F", help="learning rate of training")
     add("--dual-weight", type=number(float, 0), metavar="F",
         help="weight of the way back in L_DR (default 0.1; 0: train without it)")
+    add("--precision", choices=("fp32", "bf16"),
+        help="bf16: products of training and fine-tuning in bfloat16 (default fp32)")
+    add("--accumulate", type=natural, metavar="N",
+        help="work on a training step's batch in N parts: the same gradients, 1/N of the memory")
     add = parser.add_argument_group("compression").add_argument
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,

@@ -45,6 +45,10 @@ class Settings:
     channels: str | None = None       # channel numbers of a pretrained network, already pruned
     teacher: str | None = None        # ARCH:FILE to distil from (release); None: the uncut network
     continue_training: bool = False   # --steps was given: train the pretrained network further
+    precision: str = "fp32"           # or "bf16": training and fine-tuning under autocast (ours)
+    tf32: bool = False                # a GPU may round float32's factors to 10 bits (ours: it does
+    #                                   in quick and default)
+    accumulate: int = 1               # a training step's batch is worked on in this many parts
     # 1 data
     pictures: int = 0                 # how many to generate (Section 5.1: DF2K instead)
     side: int = 0                     # their side, pixels
@@ -98,7 +102,7 @@ class Settings:
 # what differs from another preset is written; `replace` does not accept a name that is no field.
 PRESETS = {("drn", "paper"): Settings()}
 PRESETS["drn", "default"] = replace(
-    PRESETS["drn", "paper"], pictures=400, side=512, patch=192, batch=16, steps=30_000,
+    PRESETS["drn", "paper"], tf32=True, pictures=400, side=512, patch=192, batch=16, steps=30_000,
     dual_steps=2_000, rate=4e-4, warmup=0.02, clip=20.0, search_steps=500,
     select_batches=4, per_round=8, reuse=True, tune_steps=15_000, tune_rate=4e-4)
 PRESETS["drn", "quick"] = replace(

@@ -14,10 +14,10 @@ from torch import nn
 import data
 import dual
 import evaluate
+import fitting
 import models
 import prune
 import report
-import train
 from backbones.base import SR, Backbone, Upsample, conv, plain_pair
 from settings import PRESETS
 
@@ -64,10 +64,10 @@ PRESETS["edsr", "quick"] = S = replace(
     search_rate=1e-4, alpha_rate=0.1, select_rate=5e-5, tune_steps=120, tune_rate=5e-4)
 
 
-def fit(model, duals, batches, loss_fn, steps, rate):        # train.fit can be stopped, too
+def fit(model, duals, batches, loss_fn, steps, rate):        # fitting.fit can be stopped, too
     optimiser = torch.optim.Adam([*model.parameters(), *duals.parameters()], rate)
     for k, batch in zip(range(steps), batches):
-        optimiser.param_groups[0]["lr"] = train.scheduled(S, rate, k, steps)
+        optimiser.param_groups[0]["lr"] = fitting.scheduled(S, rate, k, steps)
         optimiser.zero_grad()
         loss_fn(model(batch.images[1]), batch).backward()    # 1: the scale of the small images
         optimiser.step()

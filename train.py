@@ -15,10 +15,9 @@ kill -9, continues when the same command is given again; on a CPU it ends with t
 the last bit.
 
 Begin with `main` at the end of this file. Not here: the mathematics (dual.py, search.py, prune.py),
-the numbers (settings.py), the run folder (run.py), flags (flags.py), the report (report.py). Read
-settings.py next, then data.py.
+the training loop (fitting.py), the numbers (settings.py), the run folder (run.py), the flags
+(flags.py), the report (report.py). Read settings.py next, then data.py.
 """
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -28,7 +27,6 @@ from itertools import islice
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -40,6 +38,7 @@ import latency
 import models
 import prune
 import report
+from fitting import allow_tf32, autocast, fit
 from run import Run, command, read_checkpoint
 from settings import Settings
 
@@ -96,8 +95,9 @@ def train(run: Run, settings: Settings, device, pictures) -> dict:
     model.set_drop_path(settings.drop_path)
     model.to(device, memory_format=torch.channels_last)
     duals.to(device)
-    model = fit(run, "train", settings, device, pictures, model, duals, steps, settings.rate,
-                native_loss(settings, model, duals))
+    batches = partial(stream, settings, device, model, settings.patch, settings.batch, pictures)
+    model = fit(run, "train", settings, model, duals, steps, settings.rate,
+                native_loss(settings, model, duals), batches)
     return run.finish("train", models.checkpoint(model, duals), started, steps=steps)
 
 
@@ -126,47 +126,6 @@ def native_loss(settings: Settings, model, duals) -> Callable:
     """(output, batch) -> L_DR in the network's own range, see dual.native_loss."""
     return partial(dual.native_loss, duals=duals, weight=settings.dual_weight,
                    rgb_range=model.rgb_range)
-
-
-def fit(run: Run, stage: str, settings: Settings, device, pictures, model, duals, steps: int,
-        rate: float, loss_fn: Callable) -> nn.Module:
-    """Minimises loss_fn(output, batch) by Adam, over the parameters that require gradients.
-
-    Returns the model, or the moving average of its weights where the settings ask for one.
-    """
-    weights = [p for p in (*model.parameters(), *duals.parameters()) if p.requires_grad]
-    optimiser = torch.optim.Adam(weights, rate, settings.betas)
-    parts = dict(model=model, duals=duals, optimiser=optimiser)
-    if settings.ema:
-        average = get_ema_multi_avg_fn(settings.ema)
-        parts["ema"] = AveragedModel(model, multi_avg_fn=average)
-
-    def one_step(k, batch):
-        optimiser.param_groups[0]["lr"] = scheduled(settings, rate, k, steps)
-        loss = loss_fn(model(batch.images[1]), batch)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, settings.clip)
-        optimiser.step()
-        if settings.ema:
-            parts["ema"].update_parameters(model)
-        return loss.item()
-
-    batches = partial(stream, settings, device, model, settings.patch, settings.batch, pictures)
-    # calls one_step(k, batch) for every step, and saves `parts` every 20 seconds
-    run.repeat(stage, steps, one_step, batches, parts)
-    return parts["ema"].module if settings.ema else model
-
-
-def scheduled(settings: Settings, rate: float, k: int, steps: int) -> float:
-    """The learning rate of step k: a linear rise, then halved at the milestones, or a cosine."""
-    warm = max(1, int(settings.warmup * steps))
-    if settings.milestones:
-        rate = rate * 0.5 ** sum(k >= part * steps for part in settings.milestones)
-    else:
-        cosine = (1 + math.cos(math.pi * max(0, k - warm) / max(1, steps - warm))) / 2
-        rate = settings.floor + (rate - settings.floor) * cosine
-    return min((k + 1) / warm, 1) * rate
 
 
 def restore(state: dict, device) -> tuple:
@@ -365,10 +324,13 @@ def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict)
     with dual.distillation(model, teacher) as distance:
 
         def loss_fn(out, batch):
-            return dr_loss(out, batch) + settings.distill_weight * distance(batch.images[1], out)
+            with autocast(settings, device):                 # the teacher, too
+                away = distance(batch.images[1], out)
+            return dr_loss(out, batch) + settings.distill_weight * away
 
-        model = fit(run, "tune", settings, device, pictures, model, duals, settings.tune_steps,
-                    settings.tune_rate, loss_fn)
+        batches = partial(stream, settings, device, model, settings.patch, settings.batch, pictures)
+        model = fit(run, "tune", settings, model, duals, settings.tune_steps, settings.tune_rate,
+                    loss_fn, batches)
     return run.finish("tune", models.checkpoint(model, duals), started, steps=settings.tune_steps)
 
 
@@ -384,6 +346,7 @@ def main() -> None:
     args, settings = flags.parse_args()
     device = args.device
     using = kernels.choose(args.kernels)
+    allow_tf32(settings.tf32)
     run = Run(args.run, asdict(settings))
     print(flags.headline(args, settings, using))
 

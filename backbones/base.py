@@ -81,8 +81,8 @@ class Backbone(nn.Module, ABC):
       computes (255 for DRN). Losses are multiplied by it, so learning rates belong to it: rates
       tuned for 255 are wrong for 1.
     - In bfloat16 all weights are bfloat16 but those of the layers named in `float32`, and the
-      input stays float32. Where data enters the first layer, or a layer named there, the forward
-      pass casts with `.to(layer.weight.dtype)`.
+      input stays float32. In training with autocast all weights are float32. So the first layer,
+      and each that is named there, is called as `exact(layer, x)`: in the type of its weights.
     """
     rgb_range = 1.0                  # range of the network's own numbers, and so of its losses
     madds_count_bias = False         # whether the paper's MAdds count an addition for each bias
@@ -182,6 +182,21 @@ def named_widths(full: dict[str, int],
 
 
 # ---- layers that several backbones share --------------------------------------------------------
+def exact(layer: nn.Module, *inputs: Tensor) -> Tensor:
+    """layer(*inputs), computed in the type of the layer's weights, also under autocast.
+
+    For what forms the image, and for the first layer: its output begins the trunk, and what other
+    layers add to that in bfloat16 is summed up in float32.
+    """
+    dtype = next(layer.parameters()).dtype
+    inputs = [x.to(dtype) for x in inputs]
+    device = inputs[0].device.type
+    if not torch.amp.is_autocast_available(device):         # the meta device: MAdds are counted
+        return layer(*inputs)
+    with torch.autocast(device, enabled=False):
+        return layer(*inputs)
+
+
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, bias: bool = True) -> nn.Conv2d:
     """A convolution that keeps the image size (at stride 1): padding is size // 2."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=bias)

@@ -24,6 +24,7 @@ from backbones.base import (
     Pair,
     conv,
     enlarge,
+    exact,
     interpolate,
     pass_on,
     plain_pair,
@@ -74,7 +75,7 @@ class Estimator(nn.Module):
 
     def forward(self, low: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 1, k, k), sums to 1."""
-        x = self.head(low.to(self.head[0].weight.dtype))
+        x = self.head(low)
         return self.kernel(self.tail(x + self.body(x)))
 
     def kernel(self, latent: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class CLS(nn.Module):
 
     def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
         """(N, c, H, W), (N, 1, k, k) -> (N, c, H, W)."""
-        x = self.reduce_feature(x.to(self.reduce_feature.weight.dtype))
+        x = self.reduce_feature(x)
         prior = self.grad_filter(x).exp()                                  # (N, c/4, 3, 3)
         prior = prior - prior.mean((2, 3), keepdim=True)   # sums to 0: flat areas pay no penalty
         return self.expand_feature(deconvolve(x, kernel, prior))
@@ -207,16 +208,15 @@ class Restorer(nn.Module):
 
     def forward(self, low: Tensor, kernel: Tensor) -> Tensor:
         """(N, 3, H, W), (N, 1, k, k) -> (N, 3, H·s, W·s)."""
-        first = self.conv_first(low.to(self.conv_first.weight.dtype))
+        first = exact(self.conv_first, low)
         x = self.feature_block(first)
         # Detached: the image losses train the Estimator not at all, |k − k*| alone does (release).
-        f2 = self.head2(x, kernel.detach()).to(x.dtype)
+        f2 = exact(self.head2, x, kernel.detach()).to(x.dtype)
         f1 = self.head1(x)
         f2, f1 = self.body((f2, f1))
         x = self.fusion(torch.cat((f1, f2), 1)) + first
         x = enlarge(x, self.upscale)
-        last = self.upscale[-1]
-        return last(x.to(last.weight.dtype))
+        return exact(self.upscale[-1], x)
 
 
 class DCLS(Backbone):
@@ -291,7 +291,7 @@ class DCLS(Backbone):
     def estimate(self, low: Tensor) -> Tensor:
         """(N, 3, H, W) in 0..1 -> (N, 1, k, k), the blur kernel in LR pixels, sums to 1."""
         check_size(low)
-        return self.Estimator(low)
+        return exact(self.Estimator, low)
 
     @torch.no_grad()
     def start_from_interpolation(self) -> None:

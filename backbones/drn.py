@@ -29,6 +29,7 @@ from backbones.base import (
     Pair,
     Upsample,
     conv,
+    exact,
     pass_on,
     plain_pair,
 )
@@ -165,8 +166,8 @@ class DRN(Backbone):
         return Pair(name, block, width, (producer,), (consumer,))
 
     def forward(self, low: Tensor) -> SR:
-        x = self.sub_mean(self.enlarge(255 * low))
-        x = self.head(x.to(self.head.weight.dtype))
+        x = exact(self.sub_mean, self.enlarge(255 * low))
+        x = exact(self.head, x)
         copies = []
         for down in self.down:
             copies.append(x)
@@ -179,8 +180,7 @@ class DRN(Backbone):
 
     def to_image(self, i: int, x: Tensor) -> Tensor:
         """Features at scale 2**i -> the image (N, 3, H, W), about 0..1."""
-        tail = self.tail[i]
-        return self.add_mean(tail(x.to(tail.weight.dtype))) / 255
+        return exact(self.add_mean, exact(self.tail[i], x)) / 255
 
     @torch.no_grad()
     def start_from_interpolation(self) -> None:

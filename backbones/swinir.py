@@ -30,6 +30,7 @@ from backbones.base import (
     Pair,
     Upsample,
     conv,
+    exact,
     interpolate,
     pass_on,
     plain_pair,
@@ -80,7 +81,7 @@ class Transformer(Backbone):
 
     def first_features(self, low: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H, W): the features that the long skip carries to the end."""
-        return self.conv_first((low - self.mean).to(self.conv_first.weight.dtype))
+        return exact(self.conv_first, low - self.mean)
 
     def to_image(self, x: Tensor, first: Tensor, height: int, width: int) -> SR:
         """Tokens of the last group and the first features -> the image, cropped to the input's
@@ -88,10 +89,10 @@ class Transformer(Backbone):
         """
         x = self.conv_after_body(to_map(self.norm(x))) + first
         if self.direct:
-            x = self.upsample(x.to(self.upsample[0].weight.dtype))
+            x = exact(self.upsample, x)
         else:
             x = self.upsample(self.conv_before_upsample(x))
-            x = self.conv_last(x.to(self.conv_last.weight.dtype))
+            x = exact(self.conv_last, x)
         x = x + self.mean
         return SR({self.scale: x[:, :, :self.scale * height, :self.scale * width]})
 

@@ -22,6 +22,7 @@ PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
 MAY_IMPORT = {
     "run": set(),
     "settings": set(),
+    "fitting": {"settings"},
     # the method
     "dual": set(),
     "widths": set(),
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "page"},
     "flags": NETWORKS | {"data", "prune", "settings"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
-                                    "flags", "settings"},
+                                    "fitting", "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "upscale", "evaluate", "report", "flags", "train", "bench", "kernels"}

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import dual
 import evaluate
+import fitting
 import flags
 import models
 import prune
@@ -70,10 +71,10 @@ def finished(tmp_path_factory, photos):
 
 def test_learning_rate():
     s = replace(PRESETS["drn", "paper"], warmup=0.1, floor=0.0)
-    cosine = [train.scheduled(s, 1.0, k, 100) for k in (0, 9, 10, 55, 100)]
+    cosine = [fitting.scheduled(s, 1.0, k, 100) for k in (0, 9, 10, 55, 100)]
     assert cosine == pytest.approx([0.1, 1, 1, 0.5, 0])
     s = replace(s, milestones=(0.5, 0.8))
-    halved = [train.scheduled(s, 1.0, k, 100) for k in (0, 49, 50, 80)]
+    halved = [fitting.scheduled(s, 1.0, k, 100) for k in (0, 49, 50, 80)]
     assert halved == pytest.approx([0.1, 1, 0.5, 0.25])
 
 
@@ -354,12 +355,12 @@ def test_averaged_weights_are_what_is_kept(photos, monkeypatch, capsys, tmp_path
     """A moving average of 0.5 over two steps is the mean of the weights after each of them."""
     seen = []
 
-    class Spy(train.AveragedModel):
+    class Spy(fitting.AveragedModel):
         def update_parameters(self, model):
             seen.append([p.detach().clone() for p in model.parameters()])
             super().update_parameters(model)
 
-    monkeypatch.setattr(train, "AveragedModel", Spy)
+    monkeypatch.setattr(fitting, "AveragedModel", Spy)
     monkeypatch.setitem(PRESETS, ("drn", "quick"),
                         replace(PRESETS["drn", "quick"], ema=0.5))
     code, *_ = call(monkeypatch, capsys, "--arch", "drn_tiny", "--steps", 2, *SMALL,
