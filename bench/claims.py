@@ -11,6 +11,7 @@ A small DRN and a small SwinIR are trained and compressed in many ways, from sev
     c   how many channels, at an equal number of parameters: searched, uniform, random, by L1 norms
     d   fine-tuning with and without distillation and the dual term
     e   the selection with several channels a round, with and without reused gradients
+    f   as c, at an equal number of multiply-adds, and the search done in several ways
 
 Each table compares its rows with its first one, seed by seed, since networks of one seed share
 weights and patches. Printed are PSNR-Y on test pictures, the difference, and how many seeds are
@@ -80,9 +81,28 @@ class Recipe(NamedTuple):
         parts = []
         for name, value, usual in zip(self._fields, self, Recipe()):
             if value != usual:
-                changes = [f"{n} {v:g}" for n, v in value] if isinstance(value, tuple) else [value]
+                changes = [f"{n} {v}" for n, v in value] if isinstance(value, tuple) else [value]
                 parts.append(", ".join([name, *changes]))
         return "; ".join(parts) or "reference"
+
+
+MADDS = ("budget", ("madds", 0.6))
+
+
+def equal_madds() -> dict[str, Recipe]:
+    """The rows of f: as c, but the budget is of multiply-adds; and the search in three ways."""
+    def searched(*more) -> Recipe:
+        return Recipe("searched", search=(MADDS, *more))
+
+    return {
+        "uniform": Recipe(search=(MADDS,)),
+        "searched": searched(),
+        "searched, first order": searched(("first_order", True)),
+        "searched, rate of α 0.03": searched(("alpha_rate", 0.03)),
+        "searched, twice the batch": searched(("search_batch", 4)),
+        "random": Recipe("random", search=(MADDS,)),
+        "equal L1 mass": Recipe("L1 norm", search=(MADDS,)),
+    }
 
 
 def rounds_and_reuse() -> dict[str, Recipe]:
@@ -122,6 +142,7 @@ QUESTIONS = {
         "and distillation": Recipe(tune=(("dual_weight", 0),)),
         "and both (DRC)": Recipe()}),
     "e": ("selection, channels a round", rounds_and_reuse()),
+    "f": ("how many channels, equal multiply-adds", equal_madds()),
 }
 
 

@@ -5,15 +5,17 @@
     python -m bench.finetune --on Set5 --on Set14 --arch dat_light --prune 0.3 --widths uniform \\
         --pretrained DAT_light_x4.pth --data PHOTOGRAPHS --tune-steps 2000 --run runs/pruned
 
-All stages of train.py, with its flags, and a look at PSNR-Y after 0, 25, 50, 100, 200, ... steps of
-fine-tuning. With --uncut the network is fine-tuned whole by the same recipe on the same pictures:
-the ceiling, since data and rate may by themselves cost something. --set changes numbers of
-settings.py for which train.py has no flag. A stopped call continues.
+All stages of train.py, with its flags, and a look at PSNR-Y on the first folder after 0, 25, 50, 100,
+200, ... steps of fine-tuning; in the end on all of them and on the eight built-in photographs. With
+--uncut the network is fine-tuned whole by the same recipe on the same pictures: the ceiling, since
+data and rate may by themselves cost something. --set changes numbers of settings.py for which
+train.py has no flag. A stopped call continues.
 """
 import argparse
 import json
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -36,9 +38,8 @@ class Watched(Run):
     def repeat(self, stage, steps, one_step, batches, parts, facts=dict):
         def and_look(k, batch):
             loss = one_step(k, batch)
-            if stage == "tune" and (is_mark(k + 1) or k + 1 == steps):
-                network = parts["ema"].module if "ema" in parts else parts["model"]
-                self.look(k + 1, network)
+            if stage == "tune" and is_mark(k + 1) and k + 1 < steps:
+                self.look(k + 1, parts["ema"].module if "ema" in parts else parts["model"])
             return loss
 
         super().repeat(stage, steps, and_look, batches, parts, facts)
@@ -81,10 +82,11 @@ def setting(text: str) -> tuple[str, float]:
 
 def print_curve(curve: dict[str, dict[str, float]]) -> None:
     """A line per look, a column per test set."""
-    names = list(curve["0"])
-    print("steps  " + "  ".join(f"{name:>12}" for name in names))
+    names = list(list(curve.values())[-1])
+    print("steps  " + "  ".join(f"{name:>16}" for name in names))
     for step, found in curve.items():
-        print(f"{step:>5}  " + "  ".join(f"{found[name]:12.4f}" for name in names))
+        cells = [f"{found[name]:16.4f}" if name in found else f"{'':16}" for name in names]
+        print(f"{step:>5}  " + "  ".join(cells))
 
 
 def main() -> None:
@@ -100,10 +102,11 @@ def main() -> None:
     kernels.choose(args.kernels)
     allow_tf32(settings.tf32)
     run = Watched(args.run, asdict(settings) | dict(uncut=own.uncut, halved=own.halved))
-    run.tests = {"photographs": data.photographs((1, settings.scale))}
+    tests = {}
     for folder in own.on:
-        run.tests[folder.rstrip("/").rpartition("/")[2]] = data.open_folder(
-            folder, (1, settings.scale))
+        tests[Path(folder).name] = data.open_folder(folder, (1, settings.scale))
+    tests["photographs"] = data.photographs((1, settings.scale))
+    run.tests = dict(list(tests.items())[:1])
     run.curve = {}
     if run.has("curve.json"):
         run.curve = json.loads((run.folder / "curve.json").read_text())
@@ -119,7 +122,10 @@ def main() -> None:
     model = models.from_checkpoint(cut)
     if not run.curve:
         run.look(0, model)
-    step("tune", train.tune, cut, dense)
+    tuned = models.from_checkpoint(step("tune", train.tune, cut, dense))
+    run.tests = tests
+    if "photographs" not in run.curve.get(str(settings.tune_steps), {}):
+        run.look(settings.tune_steps, tuned)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print_curve(run.curve)
 

@@ -280,7 +280,7 @@ def test_the_rows_of_b_and_e(small, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags, code, words", [
-    (["--only", "a,f"], 2, "'f' is no question: choose among a, b, c, d, e"),
+    (["--only", "a,g"], 2, "'g' is no question: choose among a, b, c, d, e, f"),
     (["--networks", "drn_s"], 2, "'drn_s' is no network: choose among drn_small, swinir_small"),
     (["--seeds", "0"], 2, "--seeds: 0 is below 1"),
     (["--test", "nowhere"], 1, "nowhere is missing"),
