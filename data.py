@@ -10,6 +10,8 @@ What pictures come from and go through stands in files of its own, and is offere
 files (files.py), MATLAB's reduction (bicubic.py), blurring for blind networks (degradation.py).
 leaves.py draws the pictures of `generate`.
 
+`python data.py get DIV2K --root DIR` fetches a set from where its authors keep it (download.py).
+
 Not here: PSNR and other measures (evaluate.py), what training does with a batch (train.py). Read
 bicubic.py next.
 """
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import download
 import leaves
 from backbones.base import SR
 from bicubic import imresize, resize
@@ -41,6 +44,7 @@ from degradation import (
     degrade_picture,
 )
 from files import EXTENSIONS, Decoded, decode, list_pictures, size, write_image
+from run import command
 
 __all__ = ["EXTENSIONS", "Decoded", "Picture", "Pictures", "batches", "blind", "blind_kernels",
            "blur_images", "corrected_kernel", "decode", "degrade", "generate", "imresize",
@@ -185,6 +189,7 @@ def photographs(scales: Sequence[int], kernel_size: int = 0) -> Pictures:
 LAYOUTS = (  # (originals, reductions) as the authors lay them out, the best set first
     ("DF2K/DF2K_HR", "DF2K/DF2K_LR_bicubic"),
     ("DIV2K/DIV2K_train_HR", "DIV2K/DIV2K_train_LR_bicubic"),
+    ("Flickr2K/Flickr2K_HR", "Flickr2K/Flickr2K_LR_bicubic"),
     ("HR", "LR_bicubic"),
 )
 
@@ -396,3 +401,7 @@ def to_device(batches: Iterator[SR], device: torch.device) -> Iterator[SR]:
                 images[s] = x.to(device, memory_format=torch.channels_last, non_blocking=True)
             kernel = batch.kernel
             yield SR(images, kernel if kernel is None else kernel.to(device))
+
+
+if __name__ == "__main__":
+    command(download.main)

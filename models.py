@@ -3,6 +3,7 @@
     model = models.build("drn_s", scale=4)             # 4,804,065 parameters, random weights
     model = models.load("runs/drn_s_x4_p30/tune.pt")   # a checkpoint of ours rebuilds itself
     model = models.load("DRNS4x.pt", "drn_s")          # a file of the authors
+    model = models.load("zoo:drn_s")                   # the same, fetched (zoo.py)
     out = model(low)                                   # SR: images by scale, all in 0..1
 
 The networks are in backbones/, a file each; `PRESETS` holds the published sizes. Not here: losses,
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import zoo
 from backbones.base import Backbone
 from backbones.dat import DAT
 from backbones.dcls import DCLS
@@ -121,21 +123,22 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
                   channels: str | Path | None = None) -> tuple[Backbone, list[dict] | None]:
     """(network, state dicts of its duals, or None where the file has none) of a file.
 
-    One of our checkpoints rebuilds itself. An official file needs `arch`, `scale` (4 if not given)
+    One of our checkpoints rebuilds itself. So does a name of zoo.py, such as "zoo:drn_s30", whose
+    file is downloaded the first time. An official file needs `arch`, `scale` (4 if not given)
     and, for a pruned network, `channels`, the path of its channel file. Only tensors and plain
     containers are unpickled. The network is on the CPU and in training mode.
     ValueError: a file that is missing, damaged, or of another arch or scale than given; see also
     load_state and read_channels.
     """
-    state = read_checkpoint(path)
     duals = widths = None
+    name = path
+    if zoo.is_name(name):
+        path, released = zoo.find(name)
+        check_given(name, released.arch, released.scale, arch, scale, channels)
+        arch, scale, widths = released.arch, released.scale, released.widths
+    state = read_checkpoint(path)
     if {"arch", "scale", "widths", "model"} <= state.keys():
-        for flag, given in (("arch", arch), ("scale", scale)):
-            if given is not None and given != state[flag]:
-                raise ValueError(f"{path} holds {flag} {state[flag]}, --{flag} {given} was given: "
-                                 f"leave --{flag} out")
-        if channels is not None:
-            raise ValueError(f"{path} knows its own channel numbers: leave --channels out")
+        check_given(name, state["arch"], state["scale"], arch, scale, channels)
         duals = state.get("duals")
         arch, scale, widths, state = (state[k] for k in ("arch", "scale", "widths", "model"))
     elif arch is None:
@@ -154,6 +157,17 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
     if not duals and official:
         duals = [official]
     return model, duals
+
+
+def check_given(name: str | Path, its_arch: str, its_scale: int, arch: str | None,
+                scale: int | None, channels: str | Path | None) -> None:
+    """ValueError: something else was given for a network that knows what it is."""
+    for flag, its, given in (("arch", its_arch, arch), ("scale", its_scale, scale)):
+        if given is not None and given != its:
+            raise ValueError(f"{name} holds {flag} {its}, --{flag} {given} was given: leave "
+                             f"--{flag} out")
+    if channels is not None:
+        raise ValueError(f"{name} knows its own channel numbers: leave --channels out")
 
 
 def read_channels(path: str | Path, count: int) -> list[int]:

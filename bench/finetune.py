@@ -5,10 +5,10 @@
     python -m bench.finetune --on Set5 --on Set14 --arch dat_light --prune 0.3 --widths uniform \\
         --pretrained DAT_light_x4.pth --data PHOTOGRAPHS --tune-steps 2000 --run runs/pruned
 
-All stages of train.py, with its flags, and a look at PSNR-Y on the first folder after 0, 25, 50, 100,
-200, ... steps of fine-tuning; in the end on all of them and on the eight built-in photographs. With
---uncut the network is fine-tuned whole by the same recipe on the same pictures: the ceiling, since
-data and rate may by themselves cost something. --set changes numbers of settings.py for which
+All stages of train.py, with its flags, and a look at PSNR-Y on the first folder after 0, 25, 50,
+100, 200, ... steps of fine-tuning; in the end on all of them and on the eight built-in photographs.
+With --uncut the network is fine-tuned whole by the same recipe on the same pictures: the ceiling,
+since data and rate may by themselves cost something. --set changes numbers of settings.py for which
 train.py has no flag. A stopped call continues.
 """
 import argparse

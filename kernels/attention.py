@@ -230,7 +230,8 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
         place = torch.arange(h * w, device=device)
         y = place // w >= h - dy
         x = place % w >= w - dx
-        return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
+        below = torch.where(y[:, None] != y, -100.0, 0.0)
+        return below, torch.where(x[:, None] != x, -100.0, 0.0)
 
 
 def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:

@@ -17,10 +17,12 @@ TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "assets").glob("
 
 # Who may import whom, from below to above. A folder stands for its files, which may import each
 # other; and everyone may import run.
-NETWORKS = {"kernels", "backbones", "models"}
+NETWORKS = {"kernels", "backbones", "models", "zoo"}
 PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
 MAY_IMPORT = {
     "run": set(),
+    "download": set(),
+    "zoo": {"download"},
     "settings": set(),
     "fitting": {"settings"},
     # the method
@@ -32,14 +34,14 @@ MAY_IMPORT = {
     # the networks
     "kernels": set(),
     "backbones": {"kernels"},
-    "models": {"kernels", "backbones"},
+    "models": {"kernels", "backbones", "zoo"},
     "latency": NETWORKS | {"replay", "widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
     "files": set(),
     "leaves": set(),
     "degradation": {"bicubic", "backbones"},
-    "data": PICTURES - {"data"} | {"backbones"},
+    "data": PICTURES - {"data"} | {"backbones", "download"},
     # the commands
     "upscale": NETWORKS | PICTURES,
     "evaluate": NETWORKS | PICTURES | {"upscale"},
@@ -53,7 +55,7 @@ MAY_IMPORT = {
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "upscale", "evaluate", "report", "flags", "train", "bench", "kernels"}
-COMMANDS = {"upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
+COMMANDS = {"data", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}
 
