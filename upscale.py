@@ -231,7 +231,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_network(parser: argparse.ArgumentParser) -> None:
     """The flags that say which network, shared with evaluate.py."""
     add = parser.add_argument_group("network").add_argument
-    add("--weights", metavar="FILE", help="a checkpoint of train.py, an official file, or a released network: zoo:drn_s, ...")
+    add("--weights", metavar="FILE",
+        help="a checkpoint of train.py, an official file, or a name: zoo:drn_s (see zoo.py)")
     add("--arch", choices=tuple(models.PRESETS), help="network of an official file")
     add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
     add("--channels", metavar="FILE",
