@@ -54,7 +54,8 @@ MAY_IMPORT = {
                                     "fitting", "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
-READ_FLAGS = {"run", "download", "upscale", "evaluate", "report", "flags", "train", "bench", "kernels"}
+READ_FLAGS = {"run", "download", "upscale", "evaluate", "report", "flags", "train", "bench",
+              "kernels"}
 COMMANDS = {"data", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}
