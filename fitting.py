@@ -29,6 +29,8 @@ def fit(run: Run, stage: str, settings: Settings, model: nn.Module, duals: nn.Mo
     batches: the step to start with -> generator of batches. Returns the model, or the moving
     average of its weights where the settings ask for one.
     """
+    if settings.compile:
+        model.compile()                          # in place: names and weights stay
     weights = [p for p in (*model.parameters(), *duals.parameters()) if p.requires_grad]
     optimiser = torch.optim.Adam(weights, rate, settings.betas)
     parts = dict(model=model, duals=duals, optimiser=optimiser)

@@ -77,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="weight of the way back in L_DR (default 0.1; 0: train without it)")
     add("--precision", choices=("fp32", "bf16"),
         help="bf16: products of training and fine-tuning in bfloat16 (default fp32)")
+    add("--compile", action="store_const", const=True,
+        help="train and fine-tune through torch.compile: a minute or more before the first step")
     add("--accumulate", type=natural, metavar="N",
         help="work on a training step's batch in N parts: the same gradients, 1/N of the memory")
     add = parser.add_argument_group("compression").add_argument

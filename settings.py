@@ -48,6 +48,7 @@ class Settings:
     precision: str = "fp32"           # or "bf16": training and fine-tuning under autocast (ours)
     tf32: bool = False                # a GPU may round float32's factors to 10 bits (ours: it does
     #                                   in quick and default)
+    compile: bool = False             # train and fine-tune through torch.compile (ours)
     accumulate: int = 1               # a training step's batch is worked on in this many parts
     # 1 data
     pictures: int = 0                 # how many to generate (Section 5.1: DF2K instead)

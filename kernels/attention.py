@@ -63,7 +63,8 @@ PyTorch operation with a gradient. Not here: the Linear layers before and after 
 token, so it makes no difference whether the map is rolled before or after them), and the network
 that makes DAT's bias table. Read triton_attention.py next.
 """
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,20 @@ def padding(size: Size, window: Size, crossed: bool) -> Size:
     return -size[0] % h, -size[1] % w
 
 
-@lru_cache
+def constant(function: Callable) -> Callable:
+    """Remembers what it returns. torch.compile takes the result and does not look inside."""
+    remembered = lru_cache(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def look_up(*arguments):
+        return remembered(*arguments)
+
+    look_up.cache_clear = remembered.cache_clear
+    return look_up
+
+
+@constant
 def offsets(h: int, w: int, device: torch.device) -> Tensor:
     """(n, n) entry of the bias table for every query and key of a window of h×w = n tokens."""
     # The cached tensor must serve training too, even if inference is the first to ask for it.
@@ -219,7 +233,7 @@ def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, sc
     return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
 
 
-@lru_cache
+@constant
 def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The (n, n) masks, 0 or −100, of a window in the last row and of one in the last column.
 
@@ -230,8 +244,7 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
         place = torch.arange(h * w, device=device)
         y = place // w >= h - dy
         x = place % w >= w - dx
-        below = torch.where(y[:, None] != y, -100.0, 0.0)
-        return below, torch.where(x[:, None] != x, -100.0, 0.0)
+        return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
 
 
 def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
