@@ -6,6 +6,7 @@ are no settings. Not here: the numbers and what they mean; they are in settings.
 """
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -36,12 +37,21 @@ def teacher_file(text: str) -> str:
     return text
 
 
+natural = number(int, 1)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All flags, without what depends on several of them."""
     parser = argparse.ArgumentParser(description="Train, compress and report: dual regression "
                                      "compression.", allow_abbrev=False)
-    natural = number(int, 1)
-    add = parser.add_argument_group("what").add_argument
+    for name, add_flags in (("what", add_what), ("data", add_data), ("training", add_training),
+                            ("compression", add_compression), ("run", add_run)):
+        add_flags(parser.add_argument_group(name).add_argument)
+    return parser
+
+
+def add_what(add: Callable) -> None:
+    """Which network, how far it is compressed."""
     add("--arch", choices=tuple(models.PRESETS), required=True, help="the network")
     add("--scale", type=int, help="upscaling factor (default 4)")
     add("--prune", type=number(float, 0, 1), metavar="R",
@@ -54,14 +64,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="uniform: no search, every layer keeps the same part (default searched)")
     add("--preset", choices=("quick", "default", "paper"),
         help="the numbers below (default: quick without a GPU, default with one)")
-    add = parser.add_argument_group("data").add_argument
+
+
+def add_data(add: Callable) -> None:
+    """The pictures to train and to measure on."""
     add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
     add("--test", metavar="DIR",
         help="report on these pictures (default: eight photographs of scikit-image)")
     add("--memory", type=positive, default=4.0, metavar="GIB",
         help="for decoded pictures (default 4)")
     add("--pictures", type=natural, metavar="N", help="how many pictures to generate")
-    add = parser.add_argument_group("training").add_argument
+
+
+def add_training(add: Callable) -> None:
+    """Where it starts, and how it is trained."""
     add("--pretrained", metavar="FILE",
         help="start from these weights, official or ours, instead of training")
     add("--pretrained-dual", metavar="FILE",
@@ -81,7 +97,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="train and fine-tune through torch.compile: a minute or more before the first step")
     add("--accumulate", type=natural, metavar="N",
         help="work on a training step's batch in N parts: the same gradients, 1/N of the memory")
-    add = parser.add_argument_group("compression").add_argument
+
+
+def add_compression(add: Callable) -> None:
+    """Search, selection, fine-tuning."""
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
     add("--first-order", action="store_const", const=True,
         help="search without the second-order term: 3 passes, not 5")
@@ -90,13 +109,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
     add("--teacher", type=teacher_file, metavar="ARCH:FILE",
         help="distil from this network (default: the unpruned one)")
-    add = parser.add_argument_group("run").add_argument
+
+
+def add_run(add: Callable) -> None:
+    """What is no setting: where and with what to work."""
     add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
     add("--seed", type=number(int, 0), help="of weights, pictures and patches (default 0)")
     add("--kernels", choices=("torch", "triton"),
         help="default: triton where there is a GPU and Triton")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
