@@ -250,7 +250,7 @@ def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
         help="context around a tile in LR pixels (default %(default)s)")
     add("--precision", choices=("float32", "bf16"), default="float32")
     add("--kernels", choices=("torch", "triton"),
-        help="default: triton where there is a GPU and Triton")
+        help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
