@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import graphs
 import kernels
 import models
 from files import FORMATS, Header, Job, check_size, look, make_folders, plan
@@ -331,6 +332,8 @@ def main() -> None:
     if model:
         how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
         model = models.inference(model, args.precision).to(args.device)
+        if args.device.type == "cuda" and args.kernels != "torch":
+            graphs.use(model)
     enlarge_all(jobs, headers, model, scale, args, how)
 
 
