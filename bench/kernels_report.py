@@ -24,7 +24,7 @@ import run
 GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/test_attention.py", "tests/test_pixel_shuffle.py", "tests/test_choice.py",
-         "tests/test_graphs.py", "tests/test_kernels_networks.py"]
+         "tests/test_mlp.py", "tests/test_graphs.py", "tests/test_kernels_networks.py"]
 
 # (words for the progress, arguments of bench.kernels, seconds). A step may also use what the steps
 # before it left over. Together with the tests 570 seconds: the rest is for starting and writing.
