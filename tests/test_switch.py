@@ -1,6 +1,5 @@
 """The switch between the Triton kernels and PyTorch: what it says, what it sets, its imports."""
 import ast
-import contextlib
 import importlib.util
 import os
 import subprocess
@@ -122,51 +121,38 @@ def test_the_interpreter_runs_only_when_asked_for(machine, monkeypatch):
 
 
 # ---- PyTorch's settings -------------------------------------------------------------------------
-SETTINGS = """
-import torch
+SETTINGS = {                                 # what was set: (TensorFloat-32 for matmul, for conv)
+    "": (False, True),                                         # PyTorch's defaults
+    "b.fp32_precision = 'tf32'": (True, True),
+    "b.fp32_precision = 'ieee'": (False, False),
+    "b.cuda.matmul.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'": (True, False),
+    "b.cudnn.fp32_precision = 'ieee'": (False, False),
+    "b.cuda.matmul.allow_tf32 = True; b.cudnn.allow_tf32 = False": (True, False),
+    "torch.set_float32_matmul_precision('high')": (True, True),
+    "fitting.allow_tf32(True)": (True, True),
+    "fitting.allow_tf32(False)": (False, False),
+    "b.cudnn.allow_tf32 = True; fitting.allow_tf32(False)": (False, False),
+}
+EACH = """
+import os, sys, torch, fitting
 from kernels.switch import allows_tf32
-def both():
-    return allows_tf32("matmul"), allows_tf32("conv")
 b = torch.backends
+for change in sys.argv[1:]:
+    if os.fork() == 0:                       # no setting outlives its process
+        exec(change)
+        print((allows_tf32("matmul"), allows_tf32("conv")), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("change, expected", [
-    ("", (False, True)),                                       # PyTorch's defaults
-    ("b.fp32_precision = 'tf32'", (True, True)),
-    ("b.fp32_precision = 'ieee'", (False, False)),
-    ("b.cuda.matmul.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'", (True, False)),
-    ("b.cudnn.fp32_precision = 'ieee'", (False, False)),
-    ("b.cuda.matmul.allow_tf32 = True; b.cudnn.allow_tf32 = False", (True, False)),
-    ("torch.set_float32_matmul_precision('high')", (True, True)),
-    ("import fitting; fitting.allow_tf32(True)", (True, True)),
-    ("import fitting; fitting.allow_tf32(False)", (False, False)),
-    ("b.cudnn.allow_tf32 = True; import fitting; fitting.allow_tf32(False)", (False, False)),
-])
-def test_the_precision_of_float32_products_is_read_however_it_was_set(
-        change, expected, forked):
+def test_the_precision_of_float32_products_is_read_however_it_was_set():
     """In the older way and the newer one; reading the older after the newer was set raises."""
-    assert forked(SETTINGS + change) == expected
-
-
-@pytest.fixture
-def forked():
-    """Runs a script in a copy of this process, returns its both(): settings stay as they are."""
-    def run(script: str):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            names = {}
-            with contextlib.suppress(Exception):
-                exec(script, names)
-                os.write(writer, repr(names["both"]()).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as stream:
-            text = stream.read()
-        os.waitpid(child, 0)
-        return ast.literal_eval(text or "None")
-    return run
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", EACH, *SETTINGS], cwd=ROOT, env=environment,
+                            capture_output=True, text=True)
+    found = [ast.literal_eval(line) for line in result.stdout.splitlines()]
+    assert dict(zip(SETTINGS, found)) == SETTINGS, result.stderr[-500:]
 
 
 @pytest.mark.parametrize("dtype, expected", [
