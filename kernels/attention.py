@@ -319,20 +319,12 @@ def window_attention(
     return choice.call(NAME, kind, WAYS, (qkv, bias_table), settings)
 
 
-def triton_path(
-        qkv: Tensor,
-        bias_table: Tensor,
-        *,
-        heads: int,
-        window: Size,
-        shift: Size,
-        scale: float,
-        crossed: bool) -> Tensor:
+def triton_path(qkv: Tensor, bias_table: Tensor, *, heads: int, window: Size, shift: Size,
+                scale: float, crossed: bool) -> Tensor:
     """`window_attention` by the Triton kernels."""
     save = choice.trains((qkv, bias_table))
-    out, _ = window_attention_op(
-        qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)
-    return out
+    return window_attention_op(
+        qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)[0]
 
 
 NAME = "window_attention"
