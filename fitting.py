@@ -92,5 +92,6 @@ def divided(batch, parts: int) -> list:
 
 def allow_tf32(allowed: bool) -> None:
     """Whether a GPU may round the factors of float32 products to TensorFloat-32 (10 bits)."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision

@@ -116,7 +116,7 @@ def add_run(add: Callable) -> None:
     add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
     add("--seed", type=number(int, 0), help="of weights, pictures and patches (default 0)")
     add("--kernels", choices=("torch", "triton"),
-        help="default: triton where there is a GPU and Triton")
+        help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 

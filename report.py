@@ -291,7 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test", metavar="DIR", help="measure on these pictures (default: for one run those of "
         "its last report, for several the eight photographs of scikit-image)")
     add("--kernels", choices=("torch", "triton"),
-        help="default: triton where there is a GPU and Triton")
+        help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.single = len(args.paths) == 1 and args.paths[0].is_dir()

@@ -348,6 +348,7 @@ def main() -> None:
     using = kernels.choose(args.kernels)
     allow_tf32(settings.tf32)
     run = Run(args.run, asdict(settings))
+    kernels.remember_in(run.folder / "kernels.json")
     print(flags.headline(args, settings, using))
 
     # weights that cannot be used are rejected now, not after hours of work

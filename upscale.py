@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import graphs
 import kernels
 import models
 from files import FORMATS, Header, Job, check_size, look, make_folders, plan
@@ -250,7 +251,7 @@ def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
         help="context around a tile in LR pixels (default %(default)s)")
     add("--precision", choices=("float32", "bf16"), default="float32")
     add("--kernels", choices=("torch", "triton"),
-        help="default: triton where there is a GPU and Triton")
+        help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
@@ -331,6 +332,8 @@ def main() -> None:
     if model:
         how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
         model = models.inference(model, args.precision).to(args.device)
+        if args.device.type == "cuda" and args.kernels != "torch":
+            graphs.use(model)
     enlarge_all(jobs, headers, model, scale, args, how)
 
 

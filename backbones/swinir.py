@@ -163,6 +163,19 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class WholeMlp(nn.Module):
+    """x + mlp(norm(x)) as one operation, for inference (kernels/mlp.py)."""
+    def __init__(self, norm: nn.LayerNorm, mlp: Mlp):
+        super().__init__()
+        self.norm = norm
+        self.fc1 = mlp.fc1
+        self.fc2 = mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.norm, self.fc1, self.fc2)
+        return kernels.residual_mlp(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+
+
 class SwinBlock(nn.Module):
     """Attention, then the MLP, each with its norm before it and its input added after it."""
     def __init__(self, dim: int, heads: int, attention: int, mlp: int, shift: int, depth: float):
@@ -177,6 +190,8 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (N, H, W, C) stay."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
+        if isinstance(self.mlp, WholeMlp):
+            return self.mlp(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -262,6 +277,13 @@ class SwinIR(Transformer):
         producer = (f"{block}.attn.qkv", rows)
         consumer = (f"{block}.attn.proj", columns)
         return Pair(name, block, width // heads, (producer,), (consumer,), heads=heads)
+
+    def fold(self) -> None:
+        """The MLP of each block, its norm and its skip become one operation."""
+        for block in self.modules():
+            if isinstance(block, SwinBlock) and isinstance(block.mlp, Mlp):
+                block.mlp = WholeMlp(block.norm2, block.mlp)
+                block.norm2 = nn.Identity()
 
     def forward(self, low: Tensor) -> SR:
         height, width = low.shape[2:]

@@ -3,49 +3,46 @@
     python -m bench.kernels                              # single operations
     python -m bench.kernels --model swinir               # a whole network, and training of swinir
     python -m bench.kernels --json results.json
+    python -m bench.kernels --report                     # tests, then all of it: kernels.md
 
 Times of operations are of the GPU alone (events behind a queue that hides the launches) with a cold
 L2 cache, the median of --repeat; those of whole networks include the launches.
 
     ratio       time of this way by the time of the first; above 1 the first is faster
     GB/s        bytes that a fused kernel must move, by the time
-    % floor     the time that the GPU needs for these bytes, or for the exponentials, by the time
+    % floor     the time that the GPU needs for these bytes, at the speed of a large copy, or for
+                the exponentials, at 16 a cycle and multiprocessor, by the time
     peak MiB    memory that the call needs at most, besides its inputs
 
 All ways run one after the other on the same machine; compare only within one run.
 
 Without a GPU only the PyTorch paths run, on smaller inputs, by the clock. The ways to write window
-attention are in baselines.py.
+attention are in baselines.py, the report is in kernels_report.py.
 """
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import graphs
 import kernels
 import models
 import run
 from bench import baselines
-from kernels import attention, pixel_shuffle
+from kernels import attention, choice, pixel_shuffle
 
 GPU = torch.cuda.is_available()
 MODELS = ("swinir", "swinir_light", "dat", "dat_light", "drn_s")
-
-# Bytes and exponentials a second that can be reached: of the first GPU whose name fits.
-CEILINGS = {
-    "H200": (4.3e12, 4.2e12),
-    "H100": (3.0e12, 4.2e12),
-    "": (4.3e12, 4.2e12),            # any other: as if it were an H200
-}
 
 
 class Attention(NamedTuple):
@@ -148,11 +145,8 @@ class Rows:
                 function()
             row["seconds"] = self.timer(function, self.repeat)
             row["peak"] = peak(function)
-        except Exception as error:           # the limits of a baseline are a result
-            if way.startswith("triton"):
-                raise
-            reason = str(error).strip().splitlines() or [""]
-            row["failed"] = f"{type(error).__name__}: {reason[0][:100]}"
+        except Exception as error:           # the limits of a way are a result
+            row["failed"] = choice.reason(error)[:120]
         else:
             first = self.rows[0] if self.rows else row
             row["ratio"] = row["seconds"] / first["seconds"] if "seconds" in first else None
@@ -161,6 +155,19 @@ class Rows:
                 row["of_floor"] = self.floor / row["seconds"]
         self.rows.append(row)
         show(row)
+        keep(row)
+
+
+kept = dict(path=None, machine=None, rows=[], choices={})        # what --json writes
+
+
+def keep(row: dict) -> None:
+    """Writes all rows so far, so that what was measured remains if the rest takes too long."""
+    kept["rows"].append(row)
+    kept["choices"] = dict(choice.chosen)
+    if kept["path"]:
+        blob = {name: kept[name] for name in ("machine", "rows", "choices")}
+        run.write_file(kept["path"], json.dumps(blob, indent=1).encode())
 
 
 def show(row: dict) -> None:
@@ -176,13 +183,18 @@ def show(row: dict) -> None:
           f"{speed:>6} {share:>8} {memory:>9}", flush=True)
 
 
+@lru_cache
 def ceilings() -> tuple[float, float]:
-    """Bytes and exponentials a second of this GPU."""
-    name = torch.cuda.get_device_name() if GPU else ""
-    for known, numbers in CEILINGS.items():
-        if known in name:
-            return numbers
-    raise AssertionError("CEILINGS ends with a name that always fits")
+    """Bytes and exponentials a second of this GPU, see above; infinite without one."""
+    if not GPU:
+        return math.inf, math.inf
+    source = torch.empty(2**29, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = on_the_gpu(partial(target.copy_, source), 10)
+    megahertz = output("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
+    cycles = float(megahertz.split()[0]) * 1e6 if megahertz else 1.7e9
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    return 2 * len(source) / seconds, 16 * cycles * processors
 
 
 # ---- single operations --------------------------------------------------------------------------
@@ -208,8 +220,7 @@ def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
             "reference": attention.reference,
         }
     fused = around(baselines.memory_efficient, ready)
-    return {
-        "triton": kernels.window_attention,
+    return where_triton_runs(kernels.window_attention) | {
         "eager": authors,
         "compiled": compiled(authors),
         "sdpa": fused,
@@ -217,6 +228,11 @@ def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
         "flex compiled": compiled(around(baselines.flex, ready)),
         "ours, PyTorch": attention.torch_path,
     }
+
+
+def where_triton_runs(function: Callable | None = None) -> dict[str, Callable]:
+    """The way "triton", where this GPU can run it."""
+    return {} if kernels.available() else {"triton": function}
 
 
 def attention_rows(name: str, case: Attention, repeat: int) -> list[dict]:
@@ -274,8 +290,7 @@ def convolution_rows(name: str, case: Convolution, repeat: int) -> list[dict]:
     torch._dynamo.reset()
     ways = {"ours, PyTorch": pixel_shuffle.torch_path}
     if GPU:
-        ways = {
-            "triton": kernels.conv3x3_pixel_shuffle,
+        ways = where_triton_runs(kernels.conv3x3_pixel_shuffle) | {
             "eager": pixel_shuffle.torch_path,
             "compiled": compiled(pixel_shuffle.torch_path),
         }
@@ -295,10 +310,10 @@ OUR_ATTENTION = kernels.window_attention
 def set_way(way: str) -> None:
     """What the networks call: the kernels, our PyTorch path, or attention as the authors write it.
 
-    way: "triton", "torch" or "authors", and perhaps more words.
+    way: "fastest" (of the first two), "triton", "torch" or "authors", and perhaps more words.
     """
     name = way.split()[0]
-    kernels.choose("triton" if name == "triton" else "torch")
+    kernels.choose(dict(fastest=None, triton="triton").get(name, "torch"))
     kernels.window_attention = OUR_ATTENTION
     if name == "authors":
         kernels.window_attention = baselines.authors_attention
@@ -309,8 +324,8 @@ def model_rows(name: str, repeat: int) -> list[dict]:
     ways = ["torch", "authors"]
     low = torch.rand(1, 3, 48, 64)
     if GPU:
-        ways = ["triton", "triton compiled", "torch", "torch compiled", "authors",
-                "authors compiled"]
+        ways = ["fastest", "fastest graph", *where_triton_runs(), "torch", "authors",
+                "fastest compiled", "torch compiled", "authors compiled"]
         low = torch.rand(1, 3, 180, 320, device="cuda")
     low = low.contiguous(memory_format=torch.channels_last)
     rows = Rows(f"{name} {low.shape[3]}x{low.shape[2]}", by_the_clock, repeat)
@@ -322,6 +337,8 @@ def model_rows(name: str, repeat: int) -> list[dict]:
         network = network.to(low.device)
         if way.endswith("compiled"):
             network = torch.compile(network, dynamic=False)
+        if way.endswith("graph"):
+            graphs.use(network)
         with torch.no_grad():
             rows.measure(way, partial(network, low))
     set_way("torch")
@@ -331,7 +348,7 @@ def model_rows(name: str, repeat: int) -> list[dict]:
 def training_rows(repeat: int) -> list[dict]:
     """A training step of swinir on 16 patches of 64×64, in bfloat16 by autocast, on a GPU."""
     rows = Rows("swinir training step 16x64x64", on_the_gpu, repeat)
-    for way in ("triton", "torch", "authors"):
+    for way in ("fastest", *where_triton_runs(), "torch", "authors"):
         set_way(way)
         torch.manual_seed(0)
         network = models.build("swinir").to("cuda")
@@ -381,7 +398,7 @@ def machine() -> dict:
         commit=output("git", "rev-parse", "--short", "HEAD"))
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", choices=MODELS, help="time this whole network instead of single operations")
@@ -389,29 +406,38 @@ def main() -> None:
     add("--repeat", type=run.at_least(1), default=50 if GPU else 3,
         help="measurements of which the median counts (default: 50, on a CPU 3)")
     add("--json", metavar="FILE", help="write the rows here, too")
-    args = parser.parse_args()
+    add("--report", metavar="FILE", nargs="?", const="kernels.md",
+        help="tests of the kernels, then all measurements that 10 minutes allow, as Markdown "
+        "(default: kernels.md)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.report:
+        # Imported here, since it starts this file for each of its steps.
+        from bench import kernels_report
+        kernels_report.make(args.report)
+        return
     facts = machine()
+    kept.update(path=args.json, machine=facts)
     if not GPU:
         print("no GPU: only the PyTorch paths run, in float32, on one picture instead of sixteen")
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     print(f"{'case':42} {'way':14} {'µs':>10} {'ratio':>6} {'GB/s':>6} {'% floor':>8} "
           f"{'peak MiB':>9}")
-    rows = []
     if args.model:
-        rows += model_rows(args.model, args.repeat)
+        model_rows(args.model, args.repeat)
         if args.model == "swinir" and GPU:
-            rows += training_rows(args.repeat)
-    else:
-        kernels.choose("triton" if GPU else "torch")
-        for name, case in ATTENTION.items():
-            if args.only in name:
-                rows += attention_rows(name, case, args.repeat)
-        for name, case in CONVOLUTION.items():
-            if args.only in name:
-                rows += convolution_rows(name, case, args.repeat)
-    if args.json:
-        blob = json.dumps(dict(machine=facts, rows=rows), indent=1).encode()
-        run.write_file(args.json, blob)
+            training_rows(args.repeat)
+        return
+    kernels.choose("torch" if kernels.available() else "triton")
+    for name, case in ATTENTION.items():
+        if args.only in name:
+            attention_rows(name, case, args.repeat)
+    for name, case in CONVOLUTION.items():
+        if args.only in name:
+            convolution_rows(name, case, args.repeat)
 
 
 if __name__ == "__main__":

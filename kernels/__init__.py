@@ -1,14 +1,19 @@
-"""The two operations that decide the speed: in PyTorch for any device, in Triton for NVIDIA GPUs.
+"""The operations that decide the speed: in PyTorch for any device, in Triton for NVIDIA GPUs.
 
-    switch.py                              which of the two runs: `IMPL`, `choose`
+    switch.py                              which of the two may run: `IMPL`, `choose`
+    choice.py                              which of them is faster, by measurement
     attention.py, pixel_shuffle.py         formula, reference, PyTorch path, operation and gradient
+    mlp.py                                 likewise, for inference
     triton_*.py                            the Triton kernels; imported when they are first used
     compile.py                             a command: compiles every kernel without a GPU
 
 Nothing here imports anything of the project outside this folder. Read attention.py first.
 """
 from kernels.attention import window_attention
+from kernels.choice import remember_in
+from kernels.mlp import residual_mlp
 from kernels.pixel_shuffle import conv3x3_pixel_shuffle
 from kernels.switch import available, choose, runs_triton
 
-__all__ = ["available", "choose", "conv3x3_pixel_shuffle", "runs_triton", "window_attention"]
+__all__ = ["available", "choose", "conv3x3_pixel_shuffle", "remember_in",
+           "residual_mlp", "runs_triton", "window_attention"]

@@ -64,13 +64,13 @@ token, so it makes no difference whether the map is rolled before or after them)
 that makes DAT's bias table. Read triton_attention.py next.
 """
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import switch
+from kernels import choice, switch
 
 Size = tuple[int, int]               # rows, columns
 
@@ -188,8 +188,13 @@ def torch_path(
         window: Size,
         shift: Size = (0, 0),
         scale: float,
-        crossed: bool = False) -> Tensor:
-    """Computes the same as `reference`, faster: no mask for each window, and a fused softmax."""
+        crossed: bool = False,
+        fused: bool | None = None) -> Tensor:
+    """Computes the same as `reference`, faster: no mask for each window, and a fused softmax.
+
+    fused: whether products and softmax are PyTorch's one operation for them; None: where it pays
+    as a rule, and gives all that is asked for.
+    """
     _, H, W, _ = qkv.shape
     down, right = padding((H, W), window, crossed)
     results = []
@@ -202,12 +207,16 @@ def torch_path(
         entry = offsets(h, w, qkv.device)                             # (n, n)
         bias = table.index_select(0, entry.flatten()).unflatten(0, entry.shape)
         bias = bias.permute(2, 0, 1).contiguous().to(qkv.dtype)       # (heads, n, n)
-        x = attend_shifted(x, bias, h, w, dy, dx, scale) if dy else attend(x, bias, h, w, scale)
+        if dy:
+            x = attend_shifted(x, bias, h, w, dy, dx, scale, fused)
+        else:
+            x = attend(x, bias, h, w, scale, fused)
         results.append(x[:, :H, :W])
     return torch.cat(results, 3) if crossed else results[0]
 
 
-def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, scale: float):
+def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, scale: float,
+                   fused: bool | None) -> Tensor:
     """Attention on the rolled map: (B, rows·h, columns·w, 3·heads·d) -> (…, heads·d).
 
     The map falls into four rectangles: most of it without a mask, the last column of windows, the
@@ -224,11 +233,11 @@ def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, sc
     upper, lower = x.split((x.shape[1] - h, h), 1)
     middle, column = upper.split((x.shape[2] - w, w), 2)
     row, corner = lower.split((x.shape[2] - w, w), 2)
-    middle = attend(middle, bias, h, w, scale)
-    column = attend(column, bias_column, h, w, scale)
+    middle = attend(middle, bias, h, w, scale, fused)
+    column = attend(column, bias_column, h, w, scale, fused)
     upper = torch.cat([middle, column], 2)
-    row = attend(row, bias_row, h, w, scale)
-    corner = attend(corner, bias_corner, h, w, scale)
+    row = attend(row, bias_row, h, w, scale, fused)
+    corner = attend(corner, bias_corner, h, w, scale, fused)
     lower = torch.cat([row, corner], 2)
     return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
 
@@ -247,7 +256,7 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
         return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
 
 
-def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
+def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float, fused: bool | None) -> Tensor:
     """Attention in windows that share a bias.
 
     (B, rows·h, columns·w, 3·heads·d) and (heads, n, n) -> (B, rows·h, columns·w, heads·d).
@@ -260,14 +269,28 @@ def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float) -> Tensor:
     x = x.transpose(2, 3)                                             # (B, rows, columns, h, w, ·)
     x = x.reshape(B * rows * columns, h * w, 3, len(bias), width // len(bias))
     q, k, v = x.permute(2, 0, 3, 1, 4)                                # (windows, heads, n, d) each
-    if bias.requires_grad or x.is_meta:
-        # The fused operation below gives no gradient of the bias, and on the meta device, where
-        # MAdds are counted, its products would be counted otherwise.
-        x = ((q * scale) @ k.transpose(2, 3) + bias).softmax(-1) @ v
+    if fused is None:
+        # On the CPU the fused operation gives no gradient of the bias, and on the meta device,
+        # where MAdds are counted, its products would be counted otherwise.
+        fused = not (bias.requires_grad or x.is_meta)
+    if fused:
+        x = fused_attention(q, k, v, bias, scale)
     else:
-        x = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+        x = ((q * scale) @ k.transpose(2, 3) + bias).softmax(-1) @ v
     x = x.transpose(1, 2).reshape(B, rows, columns, h, w, width).transpose(2, 3)
     return x.reshape(B, rows * h, columns * w, width)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """(windows, heads, n, d) three times and (heads, n, n) -> (windows, heads, n, d).
+
+    PyTorch's fused attention on GPUs takes heads of a multiple of 8 channels; others it would
+    compute one step after the other. So there they are padded with zeros, which changes nothing.
+    """
+    d = q.shape[3]
+    if q.is_cuda:
+        q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)[..., :d]
 
 
 # ---- what the networks call ---------------------------------------------------------------------
@@ -292,17 +315,37 @@ def window_attention(
     Returns (B, H, W, A).
 
     The Triton kernels take windows of 64 or 256 tokens and heads of at most 32 channels in bfloat16
-    or float32; everything else goes the PyTorch path. Raises ValueError for shapes that do not fit
-    each other and for a dtype other than bfloat16, float32, float64.
+    or float32, where they are the fastest; everything else goes the PyTorch path. Raises ValueError
+    for shapes that do not fit each other and for a dtype other than bfloat16, float32, float64.
     """
     check(qkv, bias_table, heads, window, shift, crossed)
-    if switch.runs_triton(qkv) and kernels_take(qkv, heads, window):
-        save = torch.is_grad_enabled() and (qkv.requires_grad or bias_table.requires_grad)
-        out, _ = window_attention_op(
-            qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)
-        return out
-    return torch_path(
-        qkv, bias_table, heads=heads, window=window, shift=shift, scale=scale, crossed=crossed)
+    settings = dict(heads=heads, window=window, shift=shift, scale=scale, crossed=crossed)
+    if not switch.runs_triton(qkv):
+        return torch_path(qkv, bias_table, **settings)
+    qkv, = switch.like_autocast(qkv)
+    if not kernels_take(qkv, heads, window):
+        return torch_path(qkv, bias_table, **settings)
+    B, H, W, width = qkv.shape
+    kind = (f"{heads} heads of {width // 3 // heads}, window {window[0]}x{window[1]}, "
+            f"{'shifted' if shift[0] else 'plain'}, {'crossed, ' if crossed else ''}"
+            f"{switch.NUMBERS[qkv.dtype]}, 2^{choice.bucket(B * H * W)} tokens")
+    return choice.call(NAME, kind, WAYS, (qkv, bias_table), settings)
+
+
+def triton_path(qkv: Tensor, bias_table: Tensor, *, heads: int, window: Size, shift: Size,
+                scale: float, crossed: bool) -> Tensor:
+    """`window_attention` by the Triton kernels."""
+    save = choice.trains((qkv, bias_table))
+    return window_attention_op(
+        qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)[0]
+
+
+NAME = "window_attention"
+WAYS = {                             # of which the fastest runs
+    "triton": triton_path,
+    "eager": partial(torch_path, fused=False),
+    "fused": partial(torch_path, fused=True),
+}
 
 
 def check(qkv: Tensor, bias_table: Tensor, heads: int, window, shift, crossed: bool) -> None:
@@ -401,8 +444,22 @@ def gradients(ctx, dout: Tensor | None, _):
     if dout is None:
         return None, None, *nothing
     qkv, bias_table, out, lse = ctx.saved_tensors
-    dqkv, dtable = window_attention_backward_op(qkv, bias_table, out, lse, dout, *ctx.settings)
-    return dqkv, dtable, *nothing
+    try:
+        result = window_attention_backward_op(qkv, bias_table, out, lse, dout, *ctx.settings)
+    except Exception as error:       # see choice.call
+        choice.give_up(NAME, error)
+        result = torch_gradients(qkv, bias_table, dout, *ctx.settings)
+    return *result, *nothing
+
+
+def torch_gradients(qkv, bias_table, dout, heads, window, shift, scale, crossed) -> tuple:
+    """(dqkv, dtable) by PyTorch, which computes the forward pass once more."""
+    inputs = [x.detach().requires_grad_() for x in (qkv, bias_table)]
+    with torch.enable_grad():
+        out = torch_path(
+            *inputs, heads=heads, window=tuple(window), shift=tuple(shift), scale=scale,
+            crossed=crossed)
+    return torch.autograd.grad(out, inputs, dout)
 
 
 window_attention_op.register_autograd(gradients, setup_context=remember)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import switch
+from kernels import choice, switch
 
 
 def torch_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
@@ -45,15 +45,37 @@ def conv3x3_pixel_shuffle(x: Tensor, weight: Tensor, bias: Tensor | None, r: int
     r: 2, 3, 4 or 8.
     Returns (N, O, H·r, W·r).
 
-    The Triton kernel takes bfloat16 and float32, the PyTorch path the rest. Raises ValueError for
-    shapes that do not fit each other, and for another r.
+    The Triton kernel takes bfloat16 and float32, where it is the fastest, the PyTorch path the
+    rest. Raises ValueError for shapes that do not fit each other, and for another r.
     """
     check(x, weight, bias, r)
-    if switch.runs_triton(x):
-        x, weight, bias = like_autocast(x, weight, bias)
-        if x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32):
-            return conv_shuffle_op(x, weight, bias, r)
-    return torch_path(x, weight, bias, r)
+    if not switch.runs_triton(x):
+        return torch_path(x, weight, bias, r)
+    x, weight, bias = switch.like_autocast(x, weight, bias)
+    if x.dtype != weight.dtype or x.dtype not in switch.NUMBERS:
+        return torch_path(x, weight, bias, r)
+    N, C, H, W = x.shape
+    kind = (f"{C} to {len(weight)} channels, r {r}, {'' if bias is None else 'bias, '}"
+            f"{switch.NUMBERS[x.dtype]}, 2^{choice.bucket(N * H * W)} pixels")
+    return choice.call("conv3x3_pixel_shuffle", kind, WAYS, (x, weight, bias), dict(r=r))
+
+
+def triton_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
+    """`conv3x3_pixel_shuffle` by the Triton kernel."""
+    return conv_shuffle_op(x, weight, bias, r)
+
+
+def channels_last_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
+    """`torch_path` in the memory layout in which cuDNN is fastest."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch_path(x, weight.contiguous(memory_format=torch.channels_last), bias, r)
+
+
+WAYS = {                             # of which the fastest runs
+    "triton": triton_path,
+    "cuDNN": torch_path,
+    "cuDNN channels-last": channels_last_path,
+}
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> None:
@@ -74,15 +96,6 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> None:
 
 # ---- the Triton kernel as a PyTorch operation ---------------------------------------------------
 # torch.compile sees it as one opaque step, whose output shape the "fake" version tells.
-def like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as torch.autocast would cast for conv2d; it does not know our operation."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
 @torch.library.custom_op("drc::conv3x3_pixel_shuffle", mutates_args=())
 def conv_shuffle_op(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
     """`conv3x3_pixel_shuffle` by the Triton kernel."""

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import switch
 from kernels.attention import padding
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
@@ -323,7 +324,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     """
     if dtype == torch.bfloat16:
         return "bf16"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if switch.allows_tf32("matmul") else "ieee"
 
 
 def computable(x: Tensor) -> Tensor:

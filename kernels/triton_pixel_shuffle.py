@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import switch
+
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 
 
@@ -142,7 +144,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     """
     if dtype == torch.bfloat16:
         return "bf16"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if switch.allows_tf32("conv") else "ieee"
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:

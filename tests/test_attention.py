@@ -20,6 +20,7 @@ from triton_path import (
     coarse_tiles,
     exact_attention,
     needs_triton,
+    precision_of,
     triton_attention,
 )
 
@@ -239,14 +240,14 @@ def test_kernels_in_bfloat16_err_as_pytorch_does(name, triton, coarse):
 @needs_triton
 @pytest.mark.skipif(not GPU, reason="the interpreter does not emulate TensorFloat-32")
 @pytest.mark.parametrize("name", FULL)
-def test_kernels_in_tf32_err_by_its_mantissa(name, triton, monkeypatch):
+def test_kernels_in_tf32_err_by_its_mantissa(name, triton):
     """TensorFloat-32 keeps 10 bits of a factor's mantissa, so a factor is off by up to 2^-10.
 
     PyTorch's error is no measure here: its fused attention computes in full float32.
     """
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     case = attention_case(*FULL[name])
-    fused = attention_results(kernels.window_attention, *case)
+    with precision_of(torch.backends.cuda.matmul, "tf32"):
+        fused = attention_results(kernels.window_attention, *case)
     for output, exact in exact_attention(*case).items():
         error = (fused[output] - exact).norm() / exact.norm()
         assert 1e-5 < error < 4 * 2**-10, (output, error)

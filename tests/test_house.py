@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones", "download"},
     # the commands
-    "upscale": NETWORKS | PICTURES,
+    "graphs": set(),
+    "upscale": NETWORKS | PICTURES | {"graphs"},
     "evaluate": NETWORKS | PICTURES | {"upscale"},
     "crops": PICTURES | {"upscale"},
     "charts": set(),

@@ -119,8 +119,6 @@ def test_a_way_that_fails_gets_a_row_with_the_reason(capsys):
     assert rows.rows[0]["ratio"] == 1
     assert rows.rows[1]["failed"] == "ValueError: too large"
     assert "ValueError: too large" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="too large"):           # ours must not fail
-        rows.measure("triton", fail)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes minutes")

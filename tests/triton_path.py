@@ -36,13 +36,23 @@ needs_triton = pytest.mark.skipif(triton_attention is None, reason="Triton is no
 
 
 @contextmanager
+def precision_of(products, name: str):
+    """Within it a setting of PyTorch for float32 products is "tf32" or "ieee"."""
+    before = products.fp32_precision
+    products.fp32_precision = name
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@contextmanager
 def chosen_triton():
     """Within it the operations use Triton, and new memory is full of NaN until it is written."""
     assert GPU or triton_attention.INTERPRETED, "Triton was imported before: it does not interpret"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, precision_of(torch.backends.cudnn.conv, "ieee"):
         patch.setenv("TRITON_INTERPRET", "0" if GPU else "1")
         patch.setattr(switch, "IMPL", switch.IMPL)               # as it was, afterwards
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         kernels.choose("triton")
         torch.use_deterministic_algorithms(True, warn_only=True)     # it fills new memory with NaN
         assert torch.empty(9, device=DEVICE).isnan().all()
