@@ -63,8 +63,7 @@ PyTorch operation with a gradient. Not here: the Linear layers before and after 
 token, so it makes no difference whether the map is rolled before or after them), and the network
 that makes DAT's bias table. Read triton_attention.py next.
 """
-from collections.abc import Callable
-from functools import lru_cache, partial, wraps
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -101,20 +100,7 @@ def padding(size: Size, window: Size, crossed: bool) -> Size:
     return -size[0] % h, -size[1] % w
 
 
-def constant(function: Callable) -> Callable:
-    """Remembers what it returns. torch.compile takes the result and does not look inside."""
-    remembered = lru_cache(function)
-
-    @torch.compiler.assume_constant_result
-    @wraps(function)
-    def look_up(*arguments):
-        return remembered(*arguments)
-
-    look_up.cache_clear = remembered.cache_clear
-    return look_up
-
-
-@constant
+@switch.constant
 def offsets(h: int, w: int, device: torch.device) -> Tensor:
     """(n, n) entry of the bias table for every query and key of a window of h×w = n tokens."""
     # The cached tensor must serve training too, even if inference is the first to ask for it.
@@ -242,7 +228,7 @@ def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, sc
     return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
 
 
-@constant
+@switch.constant
 def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The (n, n) masks, 0 or −100, of a window in the last row and of one in the last column.
 

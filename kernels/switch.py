@@ -8,7 +8,8 @@ silence: what the Triton kernels cannot take is written at each operation.
 import importlib.util
 import os
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -92,7 +93,21 @@ def runs_triton(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-@lru_cache
+def constant(function: Callable) -> Callable:
+    """Remembers what it returns. torch.compile takes the result and does not look inside."""
+    remembered = lru_cache(function)
+
+    @wraps(function)
+    def look_up(*arguments):
+        return remembered(*arguments)
+
+    # as torch.compiler.assume_constant_result does, which would import the compiler
+    look_up._dynamo_marked_constant = True
+    look_up.cache_clear = remembered.cache_clear
+    return look_up
+
+
+@constant
 def fit(device: torch.device) -> bool:
     """Whether this GPU can run the kernels; says once why not. `choose` saw the current one only,
     and with IMPL = "fastest" from the import on not even that.
@@ -101,11 +116,6 @@ def fit(device: torch.device) -> bool:
     if reason:
         say(f"kernels: torch on {device} ({reason})")
     return not reason
-
-
-# As torch.compiler.assume_constant_result does, which would import the compiler: where it traces,
-# it takes the result and does not look inside.
-fit._dynamo_marked_constant = True
 
 
 def say(line: str) -> None:
