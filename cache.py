@@ -82,12 +82,14 @@ def folder_of(cache: Path, folder: str | os.PathLike, scales: Sequence[int]) -> 
     return cache / f"{root.name}_x{'-'.join(map(str, scales))}_{code}"
 
 
-def open_cache(place: Path, scales: Sequence[int], sources: list[Source],
-               load: Load) -> tuple[Load, dict[int, str]]:
+def open_cache(place: Path, scales: Sequence[int], sources: list[Source], load: Load,
+               tidy: bool = True) -> tuple[Load, dict[int, str]]:
     """(how to read picture i, {i: why it could not be decoded}), of the folder `place`.
 
     load: decodes sources[i]; called, by threads, for pictures that are not there yet. ValueError:
       it cannot be decoded.
+    tidy: make all anew where most is of pictures that no longer exist; a run that continues may
+      need those.
     OSError, with a sentence: the disk is too small or cannot be written.
     """
     try:
@@ -95,7 +97,7 @@ def open_cache(place: Path, scales: Sequence[int], sources: list[Source],
         with locked(place):
             entries = known(place, scales)
             if any(source[:2] not in entries for source in sources):
-                fill(place, scales, sources, load)
+                fill(place, scales, sources, load, tidy)
                 entries = known(place, scales)
             pixels = map_file(place / PIXELS)
     except OSError as error:
@@ -174,14 +176,15 @@ def locked(place: Path) -> Iterator[None]:
 
 
 # ---- filling it ---------------------------------------------------------------------------------
-def fill(place: Path, scales: Sequence[int], sources: list[Source], load: Load) -> None:
+def fill(place: Path, scales: Sequence[int], sources: list[Source], load: Load,
+         tidy: bool) -> None:
     """Decodes what the folder lacks, in parallel, and appends it. OSError: no room."""
     entries, good = read_manifest(place, scales)
     missing = [i for i, source in enumerate(sources) if source[:2] not in entries]
     end = max((entry.offset + entry.nbytes() for entry in entries.values()), default=0)
     total = sum(source.nbytes for source in sources)
     needed = sum(sources[i].nbytes for i in missing)
-    if end + needed > 2 * total:         # more than half would be of pictures that have gone
+    if tidy and end + needed > 2 * total:    # more than half would be of pictures that have gone
         missing = list(range(len(sources)))
         needed = total
         end = 0

@@ -121,7 +121,7 @@ def training_pictures(folder: str, scales: Sequence[int], wishes: Wishes, run: P
         return files.load(at_hand[usable[i][:2]])
 
     if place:
-        load, failed = open_cache(place, files.scales, usable, load)
+        load, failed = open_cache(place, files.scales, usable, load, tidy=not record)
     else:
         load, failed = keep(load, len(usable))
     broken = broken | {usable[i].name: why for i, why in failed.items()}

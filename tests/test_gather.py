@@ -265,6 +265,37 @@ def test_a_cache_that_was_deleted_does_not_matter_unless_files_are_gone(tmp_path
     assert gathered(root, run, stored).names[9] == "0010.png"
 
 
+def test_a_run_that_continues_does_not_throw_away_what_it_needs(tmp_path, stored):
+    """Another run has filled the cache with larger pictures, and a picture was mended."""
+    root = folder_of(tmp_path / "d", 20)
+    run = tmp_path / "run"
+    (root / "HR/0007.png").write_bytes(b"")
+    before = gathered(root, run, stored)
+    begin(run)
+    folder_of(root, 20, 64)
+    gathered(root, tmp_path / "other", stored)
+    after = gathered(root, run, stored)
+    assert after.names[7] == "0007.png"
+    assert all(same_images(before[i].images, after[i].images) for i in range(20) if i != 7)
+
+
+def test_a_cache_that_is_deleted_in_the_middle_is_made_of_what_is_there(tmp_path, stored,
+                                                                        monkeypatch):
+    root = folder_of(tmp_path / "d", 40)
+    run = tmp_path / "run"
+    gathered(root, run, stored)
+    begin(run)
+    (root / "HR/0009.png").unlink()
+
+    def delete(*arguments):
+        found = cache.known(*arguments)
+        shutil.rmtree(stored.cache)
+        return found
+
+    monkeypatch.setattr(gather, "known", delete)
+    assert gathered(root, run, stored).names[9] == "0010.png"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"folder": 1, "pictures": 3}'])
 def test_a_damaged_record_is_one_sentence(tmp_path, content):
     root = folder_of(tmp_path / "d", 3)
