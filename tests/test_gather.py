@@ -274,6 +274,7 @@ def test_a_run_that_continues_does_not_throw_away_what_it_needs(tmp_path, stored
     begin(run)
     folder_of(root, 20, 64)
     gathered(root, tmp_path / "other", stored)
+    save(root / "HR/0007.png", picture(32, 32, 7))
     after = gathered(root, run, stored)
     assert after.names[7] == "0007.png"
     assert all(same_images(before[i].images, after[i].images) for i in range(20) if i != 7)
