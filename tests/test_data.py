@@ -187,9 +187,11 @@ def test_layouts_use_the_files_and_make_the_others(tmp_path, high, low):
 
 
 def test_layouts_are_those_of_the_authors():
-    assert [high for high, _ in data.LAYOUTS] == ["DF2K/DF2K_HR", "DIV2K/DIV2K_train_HR", "HR"]
+    assert [high for high, _ in data.LAYOUTS] == ["DF2K/DF2K_HR", "DIV2K/DIV2K_train_HR",
+                                                  "Flickr2K/Flickr2K_HR", "HR"]
     assert [low for _, low in data.LAYOUTS] == ["DF2K/DF2K_LR_bicubic",
-                                                "DIV2K/DIV2K_train_LR_bicubic", "LR_bicubic"]
+                                                "DIV2K/DIV2K_train_LR_bicubic",
+                                                "Flickr2K/Flickr2K_LR_bicubic", "LR_bicubic"]
 
 
 def test_df2k_goes_before_div2k(tmp_path):
