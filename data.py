@@ -6,6 +6,9 @@ network and the largest scale is the original. A set of them is a `Pictures`, fr
 (`open_folder`), from a seed (`generate`) or with scikit-image (`photographs`). `batches` cuts
 aligned random patches from a set and yields them as `SR`, float32 in 0..1.
 
+A set decodes a picture when it is asked for. That is right for measuring; training looks at every
+file first and decodes all of them once (gather.py, cache.py).
+
 What pictures come from and go through stands in files of its own, and is offered here too: picture
 files (files.py), MATLAB's reduction (bicubic.py), blurring for blind networks (degradation.py).
 leaves.py draws the pictures of `generate`.
@@ -20,11 +23,11 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +55,7 @@ __all__ = ["EXTENSIONS", "Decoded", "Picture", "Pictures", "batches", "blind", "
 
 CACHE = 4 << 30  # bytes of decoded pictures that a set keeps in memory
 AHEAD = 4  # batches that are prepared before they are asked for
+WORKERS = 4  # threads that prepare them; they wait where AHEAD batches are ready
 
 
 # ---- sets of pictures ----------------------------------------------------------------------------
@@ -195,7 +199,30 @@ LAYOUTS = (  # (originals, reductions) as the authors lay them out, the best set
 
 
 def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CACHE) -> Pictures:
-    """Lists the pictures of a folder; they are decoded when they are asked for.
+    """The pictures of a folder (`list_folder`); they are decoded when they are asked for.
+
+    limit: bytes of decoded pictures to keep in memory; the others are decoded each time.
+    Raises ValueError as `list_folder` does, and on access for a file that is damaged or does not
+    match its reduction.
+    """
+    files = list_folder(path, scales)
+    return Pictures(files.names, cached(files.load, limit), files.scales)
+
+
+class Files(NamedTuple):
+    """Where the pictures of a folder lie: one entry for each picture."""
+    names: list[str]               # path of the original below the folder of originals
+    high: list[Path]               # the originals
+    lows: list[dict[int, Path]]    # {scale: file of the reduction}, where there is one
+    scales: tuple[int, ...]
+
+    def load(self, i: int) -> Picture:
+        """Reads picture i. Raises ValueError, naming the file, where that cannot be done."""
+        return load_picture(self.high[i], self.lows[i], self.scales)
+
+
+def list_folder(path: str | os.PathLike, scales: Sequence[int]) -> Files:
+    """Lists the pictures of a folder; no file is opened.
 
     path: a folder with pictures at any depth (png jpg jpeg webp bmp tif tiff), or one of these:
         DF2K/DF2K_HR/0001.png               and   DF2K/DF2K_LR_bicubic/X4/0001x4.png
@@ -206,9 +233,7 @@ def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CAC
       are of the original's pixels and another reduction, not what `corrected_kernel` defines.
       Originals are cropped to the size of the small image times the scale.
     scales: such as (1, 2, 4).
-    limit: bytes of decoded pictures to keep in memory; the others are decoded each time.
-    Raises ValueError for wrong scales, a missing, empty or mixed folder, and on access for a file
-    that is damaged or does not match its reduction.
+    Raises ValueError for wrong scales, and a missing, empty or mixed folder.
     """
     scales = check_scales(scales)
     root = Path(path)
@@ -217,20 +242,17 @@ def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CAC
         raise ValueError(f"{path} is {what}: give a folder of pictures")
     high, low = find_layout(root, scales[-1])
     files = list_originals(root, high)
-    lows = {}  # {scale: {name of the original: file of its reduction}}
+    found = {}  # {scale: {name of the original: file of its reduction}}
     if high == root / "gt":
-        lows[1] = match_by_number(files, high, low)
+        found[1] = match_by_number(files, high, low)
     elif low is not None:
         for s in scales[:-1]:
-            lows[s] = list_reductions(low, scales[-1] // s)
-
-    def load(i: int) -> Picture:
-        name = stem(files[i], high)
-        low_files = {s: found[name] for s, found in lows.items() if name in found}
-        return load_picture(files[i], low_files, scales)
-
-    names = [file.relative_to(high).as_posix() for file in files]
-    return Pictures(names, cached(load, limit), scales)
+            found[s] = list_reductions(low, scales[-1] // s)
+    lows = []
+    for file in files:
+        name = stem(file, high)
+        lows.append({s: of_name[name] for s, of_name in found.items() if name in of_name})
+    return Files([file.relative_to(high).as_posix() for file in files], files, lows, scales)
 
 
 def find_layout(root: Path, scale: int) -> tuple[Path, Path | None]:
@@ -292,30 +314,34 @@ def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[i
     lows = {}
     for s, file in low_files.items():
         low = decode(file).rgb
-        check_match(high, high_file, low, file, scales[-1] // s)
+        check_match(high.shape[:2], high_file, low.shape[:2], file, scales[-1] // s)
         lows[s] = np.ascontiguousarray(low[:height * s, :width * s])
     made = reduced(high, [s for s in scales if s not in lows], str(high_file)).images
     return Picture({s: lows[s] if s in lows else made[s] for s in scales})
 
 
-def check_match(high: np.ndarray, high_file: Path, low: np.ndarray, low_file: Path,
+def check_match(high: Sequence[int], high_file: Path, low: Sequence[int], low_file: Path,
                 factor: int) -> None:
-    """Raises ValueError where `high` is not `factor` times `low`, up to an incomplete pixel."""
-    for n, m in zip(high.shape[:2], low.shape[:2]):
+    """Raises ValueError where (height, width) `high` is not `factor` times `low`, up to a pixel
+    that is incomplete.
+    """
+    for n, m in zip(high, low):
         if not 0 <= n - m * factor < factor:
-            raise ValueError(f"{high_file} ({size(high)}) is not {factor} times {low_file} "
-                             f"({size(low)}) up to {factor - 1} pixels: replace one of them")
+            raise ValueError(f"{high_file} ({high[1]}x{high[0]}) is not {factor} times {low_file} "
+                             f"({low[1]}x{low[0]}) up to {factor - 1} pixels: replace one of them")
 
 
 # ---- training batches ----------------------------------------------------------------------------
-def batches(pictures: Pictures, patch: int, batch: int, seed: int, start: int = 0) -> Iterator[SR]:
+def batches(pictures: Pictures, patch: int, batch: int, seed: int, start: int = 0,
+            pin: bool = False) -> Iterator[SR]:
     """Yields training batches without end, on the CPU.
 
     patch: the side in pixels of a square of the original; batch: how many squares. Their images are
       float32 (batch, 3, h, h) in 0..1 with h = patch · scale / largest scale. They are aligned
       random crops, flipped and turned in one of eight ways, the same at all scales.
-    Step k depends on (seed, k, pictures) alone, so `start=k` continues exactly. A thread works
-    ahead until the iterator is closed or dropped.
+    pin: put them into page-locked memory, from which a GPU takes them while it computes.
+    Step k depends on (seed, k, pictures) alone, so `start=k` continues exactly. Threads work ahead
+    until the iterator is closed or dropped; in what order they finish changes nothing.
     Raises ValueError for a patch that is no multiple of the largest scale, no pictures, a batch
     below 1, a negative seed or start; from the iterator, for a picture that is smaller than the
     patch or cannot be read.
@@ -331,9 +357,9 @@ def batches(pictures: Pictures, patch: int, batch: int, seed: int, start: int = 
     def make(k: int) -> SR:
         rng = np.random.default_rng((seed, k))
         crops = [random_crop(pictures, patch // largest, rng) for _ in range(batch)]
-        return SR({s: to_tensor([crop[s] for crop in crops]) for s in pictures.scales})
+        return SR({s: to_tensor([crop[s] for crop in crops], pin) for s in pictures.scales})
 
-    return ahead(make, start)
+    return ahead(make, itertools.count(start))
 
 
 def random_crop(pictures: Pictures, side: int, rng: np.random.Generator) -> dict[int, np.ndarray]:
@@ -368,26 +394,31 @@ def turned(square: np.ndarray, way: int) -> np.ndarray:
     return square
 
 
-def to_tensor(squares: list[np.ndarray]) -> Tensor:
-    """Stacks uint8 squares (h, h, 3) to float32 (N, 3, h, h) in 0..1."""
-    stacked = torch.from_numpy(np.stack(squares))
-    return stacked.permute(0, 3, 1, 2).contiguous().float().div_(255)
+def to_tensor(squares: list[np.ndarray], pin: bool = False) -> Tensor:
+    """Copies uint8 squares (h, h, 3) into a float32 (N, 3, h, h) in 0..1; pin: see `batches`."""
+    side = len(squares[0])
+    out = torch.empty(len(squares), 3, side, side, pin_memory=pin)
+    for image, square in zip(out.numpy(), squares):
+        image[...] = square.transpose(2, 0, 1)  # (h, h, 3) -> (3, h, h)
+    return out.div_(255)
 
 
-def ahead(make: Callable[[int], SR], start: int) -> Iterator[SR]:
-    """Yields make(start), make(start + 1), ..., made by a thread a few steps ahead.
+def ahead(make: Callable[[Any], Any], keys: Iterable, workers: int = WORKERS,
+          depth: int = AHEAD) -> Iterator:
+    """Yields make(key) for every key, in their order, made by threads up to `depth` keys ahead.
 
-    The thread's errors are raised here. It ends when the iterator is closed or dropped.
+    The threads' errors are raised here. They end when the iterator is closed or dropped.
     """
-    # One OpenMP thread for it (the setting holds for the thread that makes it): with a second team
-    # of them, training would be nearly half as fast.
-    pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    # One OpenMP thread for each (the setting holds for the thread that makes it): with further
+    # teams of them, training would be nearly half as fast.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    keys = iter(keys)
     try:
-        waiting = deque(pool.submit(make, k) for k in range(start, start + AHEAD))
-        for k in itertools.count(start + AHEAD):
-            batch = waiting.popleft().result()
-            waiting.append(pool.submit(make, k))
-            yield batch
+        waiting = deque(pool.submit(make, key) for key in itertools.islice(keys, depth))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(make, key) for key in itertools.islice(keys, 1))
+            yield result
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -72,7 +72,12 @@ def add_data(add: Callable) -> None:
     add("--test", metavar="DIR",
         help="report on these pictures (default: eight photographs of scikit-image)")
     add("--memory", type=positive, default=4.0, metavar="GIB",
-        help="for decoded pictures (default 4)")
+        help="for decoded pictures (default 4); more of them are kept on disk, see --cache")
+    add("--cache", type=Path, metavar="DIR",
+        help="keep the decoded pictures of --data here on disk, for all runs (default: "
+             "runs/.cache, where --memory does not hold them)")
+    add("--strict", action="store_true",
+        help="stop where a picture of --data cannot be used (default: skip up to 5 %%)")
     add("--pictures", type=natural, metavar="N", help="how many pictures to generate")
 
 

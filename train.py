@@ -33,6 +33,7 @@ import data
 import dual
 import evaluate
 import flags
+import gather
 import kernels
 import latency
 import models
@@ -44,17 +45,18 @@ from settings import Settings
 
 
 # ---- 1 data -------------------------------------------------------------------------------------
-def open_data(settings: Settings, memory: float) -> data.Pictures:
-    """The training pictures at all scales of the duals; memory: GiB for decoded pictures."""
+def open_data(run: Run, settings: Settings, args) -> data.Pictures:
+    """The training pictures at all scales of the duals; args: memory, cache, strict of flags.py."""
     scales = {1, settings.scale}
     for source, goal, _ in flags.blueprint(settings.arch, settings.scale).dual_spec:
         scales |= {source, goal}
     scales = tuple(sorted(scales))
     if settings.data:
-        pictures = data.open_folder(settings.data, scales, limit=int(memory * 2**30))
-        print(f"data      {len(pictures)} pictures of {settings.data}, "
-              f"up to {memory:g} GiB of them kept decoded in memory")
-        return pictures
+        patch = settings.patch
+        if settings.prune:
+            patch = max(patch, settings.search_patch, settings.select_patch)
+        wishes = gather.Wishes(patch, int(args.memory * 2**30), args.cache, args.strict)
+        return gather.training_pictures(settings.data, scales, wishes, run.folder)
     side = settings.side
     pictures = data.generate(settings.pictures, side, scales, settings.seed)
     print(f"data      {len(pictures)} generated dead-leaves pictures of {side}x{side}")
@@ -63,7 +65,7 @@ def open_data(settings: Settings, memory: float) -> data.Pictures:
 
 def stream(settings: Settings, device, model, patch: int, batch: int, pictures, start: int = 0):
     """The endless batches (SR, on the device) that `model` needs, from step `start` on."""
-    batches = data.batches(pictures, patch, batch, settings.seed, start)
+    batches = data.batches(pictures, patch, batch, settings.seed, start, device.type == "cuda")
     batches = data.to_device(batches, device)
     if not model.kernel_size:
         return batches
@@ -361,7 +363,7 @@ def main() -> None:
     compress = bool(settings.prune or settings.budget)
     pictures = None
     if not run.has("tune.pt" if compress else "train.pt"):
-        pictures = open_data(settings, args.memory)
+        pictures = open_data(run, settings, args)
         run.log(stage="start", **report.surroundings(device))
 
     # 2 primal and dual training
@@ -383,6 +385,7 @@ def main() -> None:
     if not report.is_current(run, args.test):
         report.measure(run, networks, args.test, device)
     report.print_table(run)
+    gather.print_skipped(run.folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Settings, their presets, and flags: the papers' numbers, what a flag changes, what is refused."""
 import re
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,7 @@ def test_what_a_preset_sets_is_taken_unless_a_flag_is_given(name, value, flag, g
 
 @pytest.mark.parametrize("flag, name, value", [
     ("--test T", "test", "T"), ("--memory 0.5", "memory", 0.5),
+    ("--cache C", "cache", Path("C")), ("--strict", "strict", True),
     ("--kernels torch", "kernels", "torch")])
 def test_resources_are_no_settings(flag, name, value):
     """A run may be continued with more memory, other kernels, or a corrected test folder."""

@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "leaves": set(),
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones", "download"},
+    "cache": {"data"},
+    "gather": {"cache", "data", "files"},
     # the commands
     "graphs": set(),
     "upscale": NETWORKS | PICTURES | {"graphs"},
@@ -52,7 +54,7 @@ MAY_IMPORT = {
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "page"},
     "flags": NETWORKS | {"data", "prune", "settings"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
-                                    "fitting", "flags", "settings"},
+                                    "fitting", "flags", "gather", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "download", "upscale", "evaluate", "report", "flags", "train", "bench",

@@ -1,6 +1,7 @@
 """What train.py is given: weights from elsewhere, a budget, a teacher, and files that are wrong."""
 import json
 import pickle
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -290,3 +291,34 @@ def test_duals_that_do_not_fit_are_named(bad, monkeypatch, capsys, tmp_path):
             "--pretrained", bad["good"], "--pretrained-dual", tmp_path / name)
         assert code == 1
         assert words in errors
+
+
+def test_a_broken_picture_does_not_end_a_run(photos, monkeypatch, capsys, tmp_path):
+    """It is named, skipped and counted at the end; --strict stops."""
+    for i in range(20):
+        photo(32, i).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "07.png").write_bytes(b"")
+    arguments = ["--arch", "drn_tiny", *SMALL[2:], "--steps", 2, "--data", tmp_path, "--test",
+                 photos, "--run", tmp_path / "run", "--cache", tmp_path / "cache"]
+    code, _, errors = call(monkeypatch, capsys, *arguments, "--strict")
+    assert code == 1
+    assert "07.png as a picture" in errors.splitlines()[-1]
+    code, printed, _ = call(monkeypatch, capsys, *arguments)
+    assert code == 0
+    lines = printed.splitlines()
+    assert any(line.startswith("skipped") and "07.png as a picture" in line for line in lines)
+    assert "19 of 20 pictures" in printed
+    assert lines[-1].startswith("skipped   1 of 20 pictures")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_largest_patch_of_all_stages_decides_what_is_too_small(tmp_path):
+    """Pictures of 32 pixels are enough to train, but not for the search."""
+    small = replace(PRESETS["drn", "quick"], search_patch=64, select_patch=64)
+    for i in range(4):
+        photo(32, i).save(tmp_path / f"{i}.png")
+    settings = replace(small, arch="drn_tiny", data=str(tmp_path), patch=32)
+    args = Namespace(memory=1, cache=None, strict=False)
+    assert len(train.open_data(Run(tmp_path / "a", {}), settings, args)) == 4
+    with pytest.raises(ValueError, match="4 of 4 .* smaller than the patch .64."):
+        train.open_data(Run(tmp_path / "b", {}), replace(settings, prune=0.3), args)
