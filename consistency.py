@@ -49,7 +49,7 @@ def difference(low: np.ndarray, high: np.ndarray, duals: nn.ModuleList) -> np.nd
     for top in range(0, height, STRIP):
         first = max(0, top - MARGIN)
         part = high[first * scale:(top + STRIP + MARGIN) * scale]
-        image = torch.from_numpy(part).to(device).permute(2, 0, 1)[None].float()
+        image = torch.from_numpy(part.copy()).to(device).permute(2, 0, 1)[None].float()
         back = dual.way_back(image, scale, duals)[0].permute(1, 2, 0).cpu().numpy()
         own = low[top:top + STRIP]
         strips.append(np.abs(back[top - first:][:len(own)] - own).mean(2))

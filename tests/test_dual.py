@@ -95,16 +95,17 @@ def test_unpaired_loss_by_hand():
     assert found.item() == pytest.approx(2.5 + 5.5)
 
 
-def mixed_batch():
+def mixed_batch(tiny=tiny_drn):
     """Three pairs and an input alone: predictions, what they should be, all four originals."""
-    model, duals = tiny_drn()
+    model, duals = tiny()
     whole = {s: rule.image(s, 4, 8 * s, 8 * s) for s in (1, 2, 4)}
     y = {s: x if s == 1 else x[:3] for s, x in whole.items()}
     return model(whole[1]).images, y, whole, duals
 
 
-def test_mixed_loss_is_the_mean_over_the_batch():
-    images, y, whole, duals = mixed_batch()
+@pytest.mark.parametrize("tiny", [tiny_drn, tiny_swinir, tiny_dat])
+def test_mixed_loss_is_the_mean_over_the_batch(tiny):
+    images, y, whole, duals = mixed_batch(tiny)
     loss = 0
     for i in range(4):
         out = {s: x[i:i + 1] for s, x in images.items()}
