@@ -22,7 +22,7 @@ from files import Job, consistency_name
 STRIP = 256                          # LR rows that are mapped down at a time, which bounds the
 MARGIN = 8                           # memory, with so many on either side: the duals see no further
 FULL = 16.0                          # grey levels that a heat map shows in white
-UNTRAINED = 32.0                     # a mean difference that no trained dual comes near
+UNLEARNED = 6.0                      # a mean difference that is rather D's fault than P's
 
 
 def load_duals(source: str, model: nn.Module, states: list[dict] | None) -> nn.ModuleList:
@@ -77,8 +77,9 @@ def check(job: Job, duals: nn.ModuleList) -> str:
     data.write_image(target, heat_map(values, len(high) // len(low)))
     text = (f"{target}: mapped down again it differs by {values.mean():.2f} grey levels on "
             f"average, {values.max():.1f} at most")
-    if values.mean() > UNTRAINED:
-        text += " (so much that the duals look untrained: was it trained with --dual-weight 0?)"
+    if values.mean() > UNLEARNED:
+        text += (" (so much that the duals have hardly learned the way back: do not rely on the "
+                 "map, train the network longer)")
     return text
 
 

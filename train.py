@@ -115,7 +115,7 @@ def train(run: Run, settings: Settings, device, pictures, photographs=None) -> d
             steps = settings.dual_steps if needed else 0
     else:
         model = models.build(settings.arch, settings.scale)
-        duals = dual.make_duals(model)
+        duals = new_duals(settings, model)
         if settings.preset != "paper":
             model.start_from_interpolation()
     model.set_drop_path(settings.drop_path)
@@ -127,11 +127,19 @@ def train(run: Run, settings: Settings, device, pictures, photographs=None) -> d
     return run.finish("train", models.checkpoint(model, duals), started, steps=steps)
 
 
+def new_duals(settings: Settings, model) -> nn.ModuleList:
+    """Duals with random weights; for photographs without originals, such as work at once."""
+    duals = dual.make_duals(model)
+    if settings.unpaired:
+        dual.start_from_averages(duals)
+    return duals
+
+
 def pretrained(settings: Settings) -> tuple:
     """(model, duals, whether the duals came with it) of --pretrained and --pretrained-dual."""
     file = settings.pretrained
     model, states = models.load_networks(file, settings.arch, settings.scale, settings.channels)
-    duals = dual.make_duals(model)
+    duals = new_duals(settings, model)
     if settings.pretrained_dual:
         file = settings.pretrained_dual
         states = read_checkpoint(file, list)

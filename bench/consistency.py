@@ -26,7 +26,7 @@ from tqdm import tqdm
 import consistency
 import data
 import models
-from bench.claims import spread
+from bench.claims import SIZES, spread
 from run import command, usable_device
 from upscale import upscale
 
@@ -93,6 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    models.PRESETS.update(SIZES)         # the networks of the other benchmarks can be given, too
     for file in args.weights:
         model, states = models.load_networks(file)
         duals = consistency.load_duals(file, model, states).to(args.device)

@@ -5,9 +5,10 @@
     python -m bench.unpaired --test Set5 --test Set14 --data T91 --unpaired BSDS400 --seeds 5
 
 The protocol of DRN (arXiv 2003.07018, Section 4.2) at a small scale. A small DRN is trained on
-bicubic pairs, then its duals alone until they work. It is tested on pictures reduced by nearest
-neighbour and by blur-down (degradation.py): as it is, and after as many further steps in each of
-these ways, from the same weights:
+bicubic pairs, with duals that begin as averages (dual.start_from_averages: with random weights so
+few steps leave them at 20 grey levels). It is tested on pictures reduced by nearest neighbour and
+by blur-down (degradation.py): as it is, and after as many further steps in each of these ways, from
+the same weights:
 
     pairs alone        bicubic pairs without the dual term: what more steps do by themselves
     adapted            bicubic pairs and unpaired small pictures of that reduction, by L_DR
@@ -47,9 +48,8 @@ from run import Run, command, number, positive, usable_device
 from settings import Settings
 
 NETWORK = "drn_small"                # that of bench.claims
-FULL = dict(steps=600, dual_steps=1000, tune_steps=200)
-QUICK = claims.QUICK | dict(steps=60, dual_steps=60, tune_steps=20)
-DUAL_RATE = 1e-2                     # of the duals alone, found by trial
+FULL = dict(steps=600, tune_steps=200)
+QUICK = claims.QUICK | dict(steps=60, tune_steps=20)
 KINDS = ("nearest", "blur-down")
 OTHER_SCENES = 1000                  # seed of generated pictures that are used without originals
 WAYS = ("before", "pairs alone", "adapted", "adapted, D known", "true pairs")
@@ -91,7 +91,9 @@ def trained(lab: Lab, way: str, kind: str) -> tuple[Run, dict]:
     """(its run folder, the checkpoint) of the network that was adapted in this way."""
     start = lab.folder / "before"
     if way == "before":
-        return before(lab, start)
+        run = Run(start, asdict(lab.settings))
+        return run, run.read("train.pt") or train.train(run, lab.settings, lab.device,
+                                                        lab.pairs["bicubic"])
     settings = replace(lab.settings, pretrained=str(start / "train.pt"), continue_training=True,
                        **lab.further)
     pairs, photographs, name = lab.pairs["bicubic"], None, way
@@ -111,20 +113,6 @@ def trained(lab: Lab, way: str, kind: str) -> tuple[Run, dict]:
     if state is None:
         state = train.train(run, settings, lab.device, pairs, photographs)
     return run, state
-
-
-def before(lab: Lab, folder: Path) -> tuple[Run, dict]:
-    """The network that all ways begin with, trained on bicubic pairs; then, since so few steps
-    leave the duals at 20 grey levels, new duals are trained for it alone.
-    """
-    pairs = lab.pairs["bicubic"]
-    run = Run(lab.folder / "network", asdict(lab.settings))
-    if not run.has("network.pt"):
-        network = train.train(run, lab.settings, lab.device, pairs)
-        run.write("network.pt", network | dict(duals=None))
-    settings = replace(lab.settings, pretrained=str(run.folder / "network.pt"), rate=DUAL_RATE)
-    run = Run(folder, asdict(settings))
-    return run, run.read("train.pt") or train.train(run, settings, lab.device, pairs)
 
 
 def with_known_way_back(run: Run, settings: Settings, device, pairs, photographs,
@@ -225,10 +213,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def labs(args: argparse.Namespace) -> list[Lab]:
     """A Lab for every seed; all of them share the pictures."""
     sizes = QUICK if args.quick else FULL
-    settings = replace(claims.NETWORKS[NETWORK], **sizes, data=args.data)
+    source = args.unpaired or "generated"            # names it; also for the duals of "before"
+    settings = replace(claims.NETWORKS[NETWORK], **sizes, data=args.data, unpaired=source)
     further = dict(steps=args.tune_steps or settings.tune_steps, rate=settings.tune_rate)
-    adapting = dict(dual_weight=args.dual_weight, unpaired=args.unpaired or "generated",
-                    unpaired_share=args.share)
+    adapting = dict(dual_weight=args.dual_weight, unpaired_share=args.share)
     scale = settings.scale
     pairs = train.open_data(settings, memory=2.0)
     if args.unpaired:

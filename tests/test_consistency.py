@@ -57,7 +57,7 @@ def test_colours_of_the_map():
 def here(tmp_path, monkeypatch):
     """A photograph, and the weights of drn_tiny with duals and without."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(models.PRESETS, "drn_tiny", (DRN, {4: SIZES}))
+    monkeypatch.setattr(models, "PRESETS", {**models.PRESETS, "drn_tiny": (DRN, {4: SIZES})})
     model = fill(models.build("drn_tiny"))
     state = models.checkpoint(model, fill(dual.make_duals(model)))
     torch.save(state, "w.pt")
@@ -111,7 +111,7 @@ def test_without_duals_it_is_one_sentence(flags, code, words, here, monkeypatch,
     assert not (here / "photo_x4.png").exists()
 
 
-def test_untrained_duals_are_noticed(here, monkeypatch, capsys):
+def test_duals_that_have_not_learned_are_noticed(here, monkeypatch, capsys):
     state = torch.load("w.pt", weights_only=True)
     for tensors in state["duals"]:
         for tensor in tensors.values():
@@ -119,7 +119,16 @@ def test_untrained_duals_are_noticed(here, monkeypatch, capsys):
     torch.save(state, "zero.pt")
     code, out, _ = call(monkeypatch, capsys, "photo.png", *FLAGS, "--weights", "zero.pt")
     assert code == 0
-    assert "the duals look untrained" in out
+    assert "do not rely on the map" in out
+    model, _ = models.load_networks("w.pt")
+    duals = dual.make_duals(model)
+    dual.start_from_averages(duals)
+    flat = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    torch.save(dict(state, model=flat, duals=[d.state_dict() for d in duals]), "flat.pt")
+    save(here / "black.png", np.zeros((8, 8, 3), np.uint8))
+    code, out, _ = call(monkeypatch, capsys, "black.png", *FLAGS, "--weights", "flat.pt")
+    assert code == 0
+    assert "do not rely" not in out
 
 
 # ---- bench.consistency --------------------------------------------------------------------------

@@ -87,6 +87,17 @@ def test_the_way_back_takes_one_dual_after_the_other():
     assert dual.way_back(image, 1, duals) is image
 
 
+@pytest.mark.parametrize("src, dst", [(2, 1), (4, 1), (8, 4), (8, 1), (3, 1)])
+def test_duals_that_start_from_averages_average(src, dst):
+    duals = nn.ModuleList([dual.Dual(src, dst, 8)])
+    dual.start_from_averages(duals)
+    image = torch.rand(2, 3, 4 * src, 5 * src)
+    factor = src // dst
+    assert (duals[0](image) - F.avg_pool2d(image, factor)).abs().max() < 1e-6
+    spare = [p for p in duals.parameters() if p.shape[0] == 8]
+    assert all(p[3:].abs().max() > 0 for p in spare), "channels to learn with stay random"
+
+
 def test_unpaired_loss_by_hand():
     """P_2 = 1 comes back as 3, P_4 = 1 as 2 and then as 6: |3 − 0.5| + |6 − 0.5|."""
     images = {s: torch.ones(1, 3, s, s) for s in (1, 2, 4)}

@@ -55,7 +55,7 @@ def small(tmp_path, monkeypatch):
         photo(96).save(tmp_path / name / "a.png")
     monkeypatch.setattr(data, "photographs",
                         lambda scales: data.open_folder(tmp_path / "photographs", scales))
-    monkeypatch.setattr(unpaired, "QUICK", dict(steps=2, dual_steps=2, tune_steps=2, batch=2))
+    monkeypatch.setattr(unpaired, "QUICK", dict(steps=2, tune_steps=2, batch=2))
     folder = tmp_path / "photographs"
     return partial(run_command, unpaired), [
         "--quick", "--seeds", 1, "--device", "cpu", "--data", folder, "--unpaired", folder,
@@ -82,8 +82,8 @@ def test_the_command_continues_and_measures_new_pictures_only(small, monkeypatch
     assert command(monkeypatch, capsys, *line)[0] == 130
     code, out, errors = command(monkeypatch, capsys, *line)
     assert code == 0, errors
-    # the network, its duals, pairs alone, and three ways for each of two kinds; one was begun twice
-    assert len(calls) == 3 + 2 * 3 + 1
+    # before, pairs alone, and three ways for each of two kinds; one was begun twice
+    assert len(calls) == 2 + 2 * 3 + 1
     rows = cells(out)
     assert [row[0] for row in rows if row[0] in unpaired.WAYS] == 2 * list(unpaired.WAYS)
     assert all(len(row) == 5 for row in rows if row[0] in unpaired.WAYS)
@@ -113,10 +113,8 @@ def test_all_ways_begin_with_the_same_weights_and_differ_as_they_say(small, monk
     code, _, errors = command(monkeypatch, capsys, *line, "--ways", ways, "--dual-weight", 0.5)
     assert code == 0, errors
     original = np.array(photo(96))
-    network = seen.pop("network")[0]
     before = seen.pop("before")[0]
-    assert (network.pretrained, network.dual_weight, network.steps) == (None, 0.1, 2)
-    assert before.pretrained.endswith("network/network.pt") and not before.continue_training
+    assert (before.pretrained, before.dual_weight, before.steps) == (None, 0.1, 2)
     assert len(seen) == 5
     for name, (settings, low, alone) in seen.items():
         assert settings.pretrained.endswith("before/train.pt") and settings.continue_training
