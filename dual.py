@@ -20,11 +20,11 @@ small convolutions.)
 
 Unpaired adaptation (DRN Section 4.2). A photograph of your camera has no y, but the second term
 does without it: of such an x the loss is λ Σ |D(P(x)) − x| alone, and pairs in the same batch keep
-P to true images. P is so kept from losing what these photographs show, and D learns something of
-how they came about. It can fail, because the way back alone admits more than one answer: a P(x) as
-blurred as x, with a D that reduces by bicubic, meets it as well as a sharp image with a D that
-blurs, and a network trained on bicubic pairs starts at the first. So the loss may fall while the
-pictures stay as they were: look at them, and see bench/unpaired.py for what was measured.
+P to true images. So P may not lose what these photographs show, and D learns something of how they
+came about. It can fail, because the way back alone admits more than one answer: a P(x) as blurred
+as x, with a D that reduces by bicubic, meets it as well as a sharp P(x) with a D that blurs, and a
+network trained on bicubic pairs starts at the first. Its loss may then be small from the start, and
+fall, while the pictures stay as they were. Look at them, and see bench/unpaired.py.
 
 Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
 backbones (backbones/base.py, to be read next), and what the losses are used for (prune.py,
