@@ -50,6 +50,7 @@ from settings import Settings
 NETWORK = "drn_small"                # that of bench.claims
 FULL = dict(steps=600, tune_steps=200)
 QUICK = claims.QUICK | dict(steps=60, tune_steps=20)
+SCALES = (1, 2, 4)                   # of its pictures
 KINDS = ("nearest", "blur-down")
 OTHER_SCENES = 1000                  # seed of generated pictures that are used without originals
 WAYS = ("before", "pairs alone", "adapted", "adapted, D known", "true pairs")
@@ -68,6 +69,14 @@ class Lab(NamedTuple):
 
 
 # ---- pictures -----------------------------------------------------------------------------------
+def originals(folder: str | None, settings: Settings, scales: tuple[int, ...],
+              seed: int) -> data.Pictures:
+    """The pictures of a folder; None: generated ones."""
+    if folder:
+        return data.open_folder(folder, scales)
+    return data.generate(settings.pictures, settings.side, scales, seed)
+
+
 def again(pictures: data.Pictures, kind: str) -> data.Pictures:
     """The same originals, reduced in another way."""
     scales = pictures.scales
@@ -218,11 +227,8 @@ def labs(args: argparse.Namespace) -> list[Lab]:
     further = dict(steps=args.tune_steps or settings.tune_steps, rate=settings.tune_rate)
     adapting = dict(dual_weight=args.dual_weight, unpaired_share=args.share)
     scale = settings.scale
-    pairs = train.open_data(settings, memory=2.0)
-    if args.unpaired:
-        others = data.open_folder(args.unpaired, (1, scale))
-    else:
-        others = data.generate(settings.pictures, settings.side, (1, scale), OTHER_SCENES)
+    pairs = originals(args.data, settings, SCALES, 0)
+    others = originals(args.unpaired, settings, (1, scale), OTHER_SCENES)
     tests = {claims.PHOTOGRAPHS: data.photographs((1, scale))}
     if args.quick:
         tests[claims.PHOTOGRAPHS] = tests[claims.PHOTOGRAPHS][:2]

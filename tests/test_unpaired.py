@@ -193,16 +193,17 @@ def test_an_empty_folder_is_one_sentence_before_any_work(folders, tmp_path, monk
 
 def test_training_and_report_follow_the_degradation(folders, tmp_path, monkeypatch, capsys):
     opened = []
-    folder = data.open_folder
+    load = data.load_picture
 
-    def watched(path, scales, *rest, degradation="bicubic", **more):
-        opened.append(degradation)
-        return folder(path, scales, *rest, degradation=degradation, **more)
+    def watched(high_file, low_files, scales, degradation="bicubic"):
+        opened.append((scales, degradation))
+        return load(high_file, low_files, scales, degradation)
 
-    monkeypatch.setattr(data, "open_folder", watched)
+    monkeypatch.setattr(data, "load_picture", watched)
     monkeypatch.setattr(report, "is_current", lambda *rest: False)
     monkeypatch.setattr(report, "times", lambda *rest: {})
     line = [*folders[:-2], "--steps", "1", "--test", tmp_path / "test", "--run", tmp_path / "run"]
     code, _, errors = call(monkeypatch, capsys, *line, "--degradation", "nearest")
     assert code == 0, errors
-    assert opened == ["nearest", "nearest"]
+    # for training at the scales of the duals, for the report at two
+    assert set(opened) == {((1, 2, 4), "nearest"), ((1, 4), "nearest")}
