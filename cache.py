@@ -75,10 +75,11 @@ class Entry(NamedTuple):
 Entries = dict[tuple[str, str], Entry]   # {(name, stamp): entry}
 
 
-def folder_of(cache: Path, folder: str | os.PathLike, scales: Sequence[int]) -> Path:
-    """Where a cache keeps the pictures of `folder` at these scales."""
+def folder_of(cache: Path, folder: str | os.PathLike, scales: Sequence[int],
+              degradation: str = "bicubic") -> Path:
+    """Where a cache keeps the pictures of `folder` at these scales, reduced in this way."""
     root = Path(folder).resolve()
-    code = hashlib.sha256(f"{root} {scales}".encode()).hexdigest()[:8]
+    code = hashlib.sha256(f"{root} {scales} {degradation}".encode()).hexdigest()[:8]
     return cache / f"{root.name}_x{'-'.join(map(str, scales))}_{code}"
 
 

@@ -39,19 +39,23 @@ import leaves
 from backbones.base import SR
 from bicubic import imresize, resize
 from degradation import (
+    KINDS,
     blind,
     blind_kernels,
     blur_images,
     corrected_kernel,
     degrade,
     degrade_picture,
+    reduce,
+    reduce_images,
 )
 from files import EXTENSIONS, Decoded, decode, list_pictures, size, write_image
 from run import command
 
-__all__ = ["EXTENSIONS", "Decoded", "Picture", "Pictures", "batches", "blind", "blind_kernels",
-           "blur_images", "corrected_kernel", "decode", "degrade", "generate", "imresize",
-           "open_folder", "photographs", "resize", "size", "to_device", "write_image"]
+__all__ = ["EXTENSIONS", "KINDS", "Decoded", "Picture", "Pictures", "batches", "blind",
+           "blind_kernels", "blur_images", "corrected_kernel", "decode", "degrade", "generate",
+           "imresize", "open_folder", "photographs", "reduce", "reduce_images", "resize", "size",
+           "to_device", "write_image"]
 
 CACHE = 4 << 30  # bytes of decoded pictures that a set keeps in memory
 AHEAD = 4  # batches that are prepared before they are asked for
@@ -128,10 +132,13 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     return scales
 
 
-def reduced(high: np.ndarray, scales: Sequence[int], name: str) -> Picture:
+def reduced(high: np.ndarray, scales: Sequence[int], name: str,
+            degradation: str = "bicubic") -> Picture:
     """Makes a picture from the original, cropped at the bottom and at the right.
 
     Its sides become multiples of the largest scale. ValueError: then nothing would be left.
+    degradation: how the image under 1 is made, one of degradation.KINDS. Those between are not what
+      a network is given but what it should predict: they are always reduced by bicubic.
     """
     largest = scales[-1]
     height = high.shape[0] // largest * largest
@@ -139,15 +146,18 @@ def reduced(high: np.ndarray, scales: Sequence[int], name: str) -> Picture:
     if not height or not width:
         raise ValueError(f"{name} has {size(high)} pixels, too few for scale {largest}: remove it")
     high = np.ascontiguousarray(high[:height, :width])
-    images = {s: imresize(high, s / largest) for s in scales[:-1]}
+    images = {}
+    for s in scales[:-1]:
+        images[s] = reduce(high, largest // s, degradation if s == 1 else "bicubic")
     return Picture({**images, largest: high})
 
 
 def generate(count: int, side: int, scales: Sequence[int], seed: int,
-             workers: int | None = None) -> Pictures:
+             workers: int | None = None, degradation: str = "bicubic") -> Pictures:
     """Draws `count` dead-leaves pictures of side × side pixels (leaves.py), kept in memory.
 
-    They depend on (seed, side) alone; `workers` processes share the work, see `leaves.draw`.
+    They depend on (seed, side) alone; `workers` processes share the work, see `leaves.draw`;
+    degradation: see `reduced`.
     Raises ValueError for a count below 1, a negative seed, or a side that is no positive multiple
     of the largest scale.
     """
@@ -159,7 +169,7 @@ def generate(count: int, side: int, scales: Sequence[int], seed: int,
     names = [f"leaves{i:04d}" for i in range(count)]
     originals = leaves.draw([(seed, i) for i in range(count)], side, workers)
     progress = tqdm(originals, "pictures", count, delay=2)
-    pictures = [reduced(high, scales, name) for high, name in zip(progress, names)]
+    pictures = [reduced(high, scales, name, degradation) for high, name in zip(progress, names)]
     return Pictures(names, pictures.__getitem__, scales)
 
 
@@ -167,11 +177,13 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.
                "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 
 
-def photographs(scales: Sequence[int], kernel_size: int = 0) -> Pictures:
+def photographs(scales: Sequence[int], kernel_size: int = 0,
+                degradation: str = "bicubic") -> Pictures:
     """The eight colour photographs that come with scikit-image: nothing is downloaded.
 
-    kernel_size: above 0, the image under 1 is made by `degrade` instead of `imresize`, with a
-      kernel that is different for each photograph and always the same.
+    kernel_size: above 0, the image under 1 is made by `degrade` instead of `reduce`, with a kernel
+      that is different for each photograph and always the same.
+    degradation: else the image under 1 is made so, see `reduced`.
     Raises ValueError for wrong scales, and on access where scikit-image lacks the file.
     """
     import skimage.data  # here, because it is slow to import and seldom needed
@@ -179,7 +191,7 @@ def photographs(scales: Sequence[int], kernel_size: int = 0) -> Pictures:
     folder = Path(skimage.data.__file__).parent
 
     def load(i: int) -> Picture:
-        picture = reduced(decode(folder / PHOTOGRAPHS[i]).rgb, scales, PHOTOGRAPHS[i])
+        picture = reduced(decode(folder / PHOTOGRAPHS[i]).rgb, scales, PHOTOGRAPHS[i], degradation)
         if not kernel_size:
             return picture
         high = picture.images[scales[-1]]
@@ -198,14 +210,15 @@ LAYOUTS = (  # (originals, reductions) as the authors lay them out, the best set
 )
 
 
-def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CACHE) -> Pictures:
+def open_folder(path: str | os.PathLike, scales: Sequence[int], limit: int = CACHE,
+                degradation: str = "bicubic") -> Pictures:
     """The pictures of a folder (`list_folder`); they are decoded when they are asked for.
 
     limit: bytes of decoded pictures to keep in memory; the others are decoded each time.
     Raises ValueError as `list_folder` does, and on access for a file that is damaged or does not
     match its reduction.
     """
-    files = list_folder(path, scales)
+    files = list_folder(path, scales, degradation)
     return Pictures(files.names, cached(files.load, limit), files.scales)
 
 
@@ -215,13 +228,15 @@ class Files(NamedTuple):
     high: list[Path]               # the originals
     lows: list[dict[int, Path]]    # {scale: file of the reduction}, where there is one
     scales: tuple[int, ...]
+    degradation: str = "bicubic"   # how what is not there is made, see `reduced`
 
     def load(self, i: int) -> Picture:
         """Reads picture i. Raises ValueError, naming the file, where that cannot be done."""
-        return load_picture(self.high[i], self.lows[i], self.scales)
+        return load_picture(self.high[i], self.lows[i], self.scales, self.degradation)
 
 
-def list_folder(path: str | os.PathLike, scales: Sequence[int]) -> Files:
+def list_folder(path: str | os.PathLike, scales: Sequence[int],
+                degradation: str = "bicubic") -> Files:
     """Lists the pictures of a folder; no file is opened.
 
     path: a folder with pictures at any depth (png jpg jpeg webp bmp tif tiff), or one of these:
@@ -233,6 +248,8 @@ def list_folder(path: str | os.PathLike, scales: Sequence[int]) -> Files:
       are of the original's pixels and another reduction, not what `corrected_kernel` defines.
       Originals are cropped to the size of the small image times the scale.
     scales: such as (1, 2, 4).
+    degradation: see `reduced`. With another kind than bicubic, images under 1 are made even where
+      the folder holds them.
     Raises ValueError for wrong scales, and a missing, empty or mixed folder.
     """
     scales = check_scales(scales)
@@ -248,11 +265,14 @@ def list_folder(path: str | os.PathLike, scales: Sequence[int]) -> Files:
     elif low is not None:
         for s in scales[:-1]:
             found[s] = list_reductions(low, scales[-1] // s)
+    if degradation != "bicubic":
+        found.pop(1, None)
     lows = []
     for file in files:
         name = stem(file, high)
         lows.append({s: of_name[name] for s, of_name in found.items() if name in of_name})
-    return Files([file.relative_to(high).as_posix() for file in files], files, lows, scales)
+    names = [file.relative_to(high).as_posix() for file in files]
+    return Files(names, files, lows, scales, degradation)
 
 
 def find_layout(root: Path, scale: int) -> tuple[Path, Path | None]:
@@ -306,7 +326,8 @@ def match_by_number(files: list[Path], high: Path, low: Path) -> dict[str, Path]
     return {stem(file, high): numbered[number(file)] for file in files}
 
 
-def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[int]) -> Picture:
+def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[int],
+                 degradation: str = "bicubic") -> Picture:
     """Reads a picture: reductions in `low_files` as they are, the others made from the original."""
     high = decode(high_file).rgb
     height = high.shape[0] // scales[-1]
@@ -316,7 +337,8 @@ def load_picture(high_file: Path, low_files: dict[int, Path], scales: Sequence[i
         low = decode(file).rgb
         check_match(high.shape[:2], high_file, low.shape[:2], file, scales[-1] // s)
         lows[s] = np.ascontiguousarray(low[:height * s, :width * s])
-    made = reduced(high, [s for s in scales if s not in lows], str(high_file)).images
+    missing = [s for s in scales if s not in lows]
+    made = reduced(high, missing, str(high_file), degradation).images
     return Picture({s: lows[s] if s in lows else made[s] for s in scales})
 
 

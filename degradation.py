@@ -1,4 +1,21 @@
-"""Blind degradation: batches that are blurred by kernels which the network is not told.
+"""How a small image is made of a large one, when not by bicubic alone.
+
+`reduce` makes it in one of three fixed ways, KINDS, on the grid of `bicubic.py`: pixel i of an axis
+of the original covers [i, i + 1), pixel j of the reduction covers [s·j, s·j + s), and the middle of
+that is an edge between two pixels where s is even. What takes one pixel out of s takes
+
+    i(j) = s·j + floor(s / 2)
+
+the pixel in the middle, of two middle ones the second; so do MATLAB, Pillow, and PyTorch's
+"nearest-exact". The small image then lies half a pixel of the original off the grid where s is
+even: a part of what a network must learn about these reductions.
+
+    bicubic     MATLAB's imresize, the way of the benchmarks
+    nearest     low_j = high_i(j): everything finer than the small grid comes back as aliasing
+    blur-down   low_j = Σ_k g_k · high_(i(j) + k), k = −3 .. 3 along both axes, g a Gaussian of
+                σ = 1.6 with sum 1, the border repeated outside; rounded once, at the end
+
+The rest of this file is blind degradation: batches blurred by kernels that the network is not told.
 
 A camera does not reduce by bicubic: its image is blurred by a lens, by motion, by being out of
 focus. A blind network (backbones/dcls.py) sees a low-resolution image, estimates the kernel that
@@ -19,7 +36,7 @@ A convolution is a product of spectra, so k* is the quotient of the spectra of t
 Not here: the network that estimates kernels (backbones/dcls.py, to be read next), its loss.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -28,11 +45,60 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from backbones.base import SR
-from bicubic import resize
+from bicubic import imresize, resize
 
 EPSILON = 1e-4  # see corrected_kernel
+KINDS = ("bicubic", "nearest", "blur-down")
+SIGMA = 1.6  # of blur-down, in pixels of the original; its kernel has
+REACH = 3  # so many weights on either side of the middle one
 
 
+# ---- three fixed ways ----------------------------------------------------------------------------
+def reduce(image: np.ndarray, scale: int, kind: str = "bicubic") -> np.ndarray:
+    """Reduces a picture, uint8 (H, W, 3) or (H, W) -> uint8 (H/scale, W/scale, ...).
+
+    kind: one of KINDS, defined at the top of this file.
+    Raises ValueError for another kind or array, and sides that are no multiples of the scale.
+    """
+    check_reduction(image.shape[:2], scale, kind)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"reduce got {image.dtype} of shape {image.shape}: give uint8 (H, W, 3) "
+                         f"or (H, W)")
+    if kind == "bicubic":
+        return imresize(image, 1 / scale)
+    colours_first = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).double()
+    low = reduce_images(colours_first[None], scale, kind)[0]
+    low = (low + 0.5).floor().clamp(0, 255).byte()  # as imresize rounds: halves upwards
+    return low.permute(1, 2, 0).contiguous().numpy().reshape(*low.shape[1:], *image.shape[2:])
+
+
+def reduce_images(x: Tensor, scale: int, kind: str = "bicubic") -> Tensor:
+    """Likewise, for float images (N, C, H, W) of any range: not rounded, and differentiable."""
+    check_reduction(x.shape[2:], scale, kind)
+    if kind == "bicubic":
+        return resize(x, 1 / scale)
+    middle = scale // 2
+    if kind == "nearest":
+        return x[..., middle::scale, middle::scale]
+    distance = torch.arange(-REACH, REACH + 1).to(x)
+    weights = torch.exp(-(distance / SIGMA) ** 2 / 2)
+    weights = weights / weights.sum()
+    kernel = (weights[:, None] * weights).expand(x.shape[1], 1, -1, -1)  # one for each channel
+    padded = F.pad(x, (REACH,) * 4, mode="replicate")
+    return F.conv2d(padded[..., middle:, middle:], kernel, stride=scale, groups=x.shape[1])
+
+
+def check_reduction(sides: Sequence[int], scale: int, kind: str) -> None:
+    """Raises ValueError for what cannot be reduced."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of reduction {kind!r}: choose one of {', '.join(KINDS)}")
+    if scale < 1 or min(sides) < 1 or any(side % scale for side in sides):
+        height, width = sides
+        raise ValueError(f"cannot reduce {width}x{height} pixels to 1/{scale}: crop the sides to "
+                         f"multiples of {scale}")
+
+
+# ---- blind ---------------------------------------------------------------------------------------
 def blind(batches: Iterator[SR], size: int, seed: int, start: int = 0,
           epsilon: float = EPSILON) -> Iterator[SR]:
     """Replaces the low-resolution images of every batch, and add the kernel that is to be found.

@@ -18,6 +18,14 @@ reduction, because in real data nobody knows how the small image was made. (P an
 some code by which x hides in P(x): the first term holds P to the true image, and D is only a few
 small convolutions.)
 
+Unpaired adaptation (DRN Section 4.2). A photograph of your camera has no y, but the second term
+does without it: of such an x the loss is λ Σ |D(P(x)) − x| alone, and pairs in the same batch keep
+P to true images. So P may not lose what these photographs show, and D learns something of how they
+came about. It can fail, because the way back alone admits more than one answer: a P(x) as blurred
+as x, with a D that reduces by bicubic, meets it as well as a sharp P(x) with a D that blurs, and a
+network trained on bicubic pairs starts at the first. Its loss may then be small from the start, and
+fall, while the pictures stay as they were. Look at them, and see bench/unpaired.py.
+
 Images are keyed by scale, so the losses do not know which backbone they train. Not here: the
 backbones (backbones/base.py, to be read next), and what the losses are used for (prune.py,
 train.py).
@@ -64,6 +72,25 @@ def make_duals(model: nn.Module) -> nn.ModuleList:
     return nn.ModuleList(Dual(*spec) for spec in model.dual_spec)
 
 
+@torch.no_grad()
+def start_from_averages(duals: nn.ModuleList) -> None:
+    """Changes random weights so that a dual begins as the mean of the pixels that lie in one of x.
+
+    That is within 0.1 grey levels of bicubic reduction, where duals with random weights are 20 away
+    after a thousand steps. An unpaired x learns from D alone, so there D must work at once. (Ours.)
+    """
+    for d in duals:
+        *stages, last = d.dual_module
+        for layer, _ in stages:                      # each passes the colours on in 3 channels
+            side = layer.stride[0]                   # of 3×3 weights the last 2×2, or all
+            layer.weight[:3] = 0
+            for c in range(3):
+                layer.weight[c, c, -side:, -side:] = 1 / side ** 2
+        last.weight.zero_()
+        for c in range(3):
+            last.weight[c, c, 1, 1] = 1
+
+
 def restore_duals(model: nn.Module, states: list[dict]) -> nn.ModuleList:
     """The duals of a backbone with saved weights. RuntimeError or ValueError: they do not fit."""
     duals = make_duals(model)
@@ -84,6 +111,44 @@ def dr_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleLis
     return primal + weight * back
 
 
+def way_back(image: Tensor, scale: int, duals: nn.ModuleList) -> Tensor:
+    """An image (N, 3, H·scale, W·scale) mapped to scale 1, through one dual after the other."""
+    steps = {d.src: d for d in duals}
+    while scale > 1:
+        image = steps[scale](image)
+        scale = steps[scale].dst
+    return image
+
+
+def unpaired_loss(images: dict[int, Tensor], low: Tensor, duals: nn.ModuleList) -> Tensor:
+    """Σ_D |D(P(x)) − x| for inputs x = low (N, 3, H, W) without originals, in the images' range.
+
+    There is no true image at the scales between, so a dual that ends there (DRN's 4 → 2) is
+    followed by those that lead on to x.
+    """
+    return sum(F.l1_loss(way_back(d(images[d.src]), d.dst, duals), low) for d in duals)
+
+
+def mixed_loss(images: dict[int, Tensor], y: dict[int, Tensor], duals: nn.ModuleList,
+               weight: float = 0.1) -> Tensor:
+    """The mean over a batch of L_DR where an input has an original, of λ Σ |D(P(x)) − x| else.
+
+    Of the N inputs y[1] the first n have originals: the other images of y are (n, 3, ...). Without
+    such a difference it is `dr_loss`.
+    """
+    count = len(y[1])
+    paired = min(len(image) for image in y.values())
+    if paired == count:
+        return dr_loss(images, y, duals, weight)
+    alone = {s: x[paired:] for s, x in images.items()}
+    loss = (count - paired) / count * weight * unpaired_loss(alone, y[1][paired:], duals)
+    if paired:
+        images = {s: x[:paired] for s, x in images.items()}
+        y = {s: x[:paired] for s, x in y.items()}
+        loss = loss + paired / count * dr_loss(images, y, duals, weight)
+    return loss
+
+
 def blind_loss(kernel: Tensor, true: Tensor) -> Tensor:
     """The mean of |kernel − true|, both (N, 1, side, side): trains a blur estimator (DCLS)."""
     return F.l1_loss(kernel, true)
@@ -94,9 +159,10 @@ def native_loss(out, batch, duals: nn.ModuleList, weight: float, rgb_range: floa
 
     The paper's learning rates belong to that range: DRN's losses are 255 times those of a network
     in 0..1. A blind backbone adds `blind_loss`. out: what the backbone returned; batch: what it
-    should have returned (both are `SR`, see backbones/base.py: `images` by scale, and `kernel`).
+    should have returned (both are `SR`, see backbones/base.py: `images` by scale, and `kernel`),
+    as far as it is known, see `mixed_loss`.
     """
-    loss = rgb_range * dr_loss(out.images, batch.images, duals, weight)
+    loss = rgb_range * mixed_loss(out.images, batch.images, duals, weight)
     if out.kernel is None:
         return loss
     return loss + blind_loss(out.kernel, batch.kernel)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import kernels
 import models
-from run import command
+from run import WrongUsage, command
 from upscale import (
     add_how,
     add_network,
@@ -199,10 +199,13 @@ def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)     # a bad folder fails now, not later
     blind = getattr(model, "kernel_size", 0)
+    if blind and args.degradation != "bicubic" and not args.data:
+        raise WrongUsage(f"--degradation {args.degradation}: the built-in photographs are blurred "
+                         f"for a blind network, leave it out or give --data DIR")
     if args.data:
-        pictures = data.open_folder(args.data, (1, scale))
+        pictures = data.open_folder(args.data, (1, scale), degradation=args.degradation)
     else:
-        pictures = data.photographs((1, scale), blind)
+        pictures = data.photographs((1, scale), blind, args.degradation)
     tables = {}
     if model:
         fast = models.inference(model, args.precision).to(args.device)
@@ -268,6 +271,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("pictures").add_argument
     add("--data", metavar="DIR", help="a folder of pictures (default: eight built-in "
         "photographs, for dcls blurred)")
+    add("--degradation", choices=data.KINDS, default="bicubic",
+        help="how small images are made of originals (default bicubic)")
     add("--save", metavar="DIR", help="write the enlarged pictures, and estimated kernels, as PNG")
     add_how(parser, "0: none (default 0)")
     args = parser.parse_args(argv)

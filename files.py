@@ -189,6 +189,11 @@ def plan(given: list[str], output: str | None, scale: int, force: bool) -> list[
     return jobs
 
 
+def consistency_name(target: Path) -> Path:
+    """Where the heat map of an enlarged picture goes (consistency.py)."""
+    return target.with_name(f"{target.stem}_consistency.png")
+
+
 def is_file_name(output: str) -> bool:
     """Whether --output names a file, and no folder: it has the extension of a picture.
 
@@ -212,6 +217,7 @@ def without_results(jobs: list[Job], given: list[str], scale: int) -> list[Job]:
     resolved = [(job.source.resolve(), job.target.resolve()) for job in jobs]
     results = {target for source, target in resolved if target != source}
     results |= {source.with_name(f"{source.stem}_x{scale}.png") for source, _ in resolved}
+    results |= {consistency_name(target) for target in results}
     results -= named
     kept = {}
     for job, (source, target) in zip(jobs, resolved):

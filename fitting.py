@@ -84,10 +84,14 @@ def divided(batch, parts: int) -> list:
     """
     if parts == 1:
         return [batch]
-    images = {s: x.chunk(parts) for s, x in batch.images.items()}
-    count = len(next(iter(images.values())))
-    kernels = [None] * count if batch.kernel is None else batch.kernel.chunk(parts)
-    return [type(batch)({s: x[i] for s, x in images.items()}, kernels[i]) for i in range(count)]
+    count = len(batch.images[1])
+    size = math.ceil(count / parts)
+    result = []
+    for i in range(0, count, size):      # where only the first inputs have originals, so here
+        own = slice(i, i + size)
+        kernel = None if batch.kernel is None else batch.kernel[own]
+        result.append(type(batch)({s: x[own] for s, x in batch.images.items()}, kernel))
+    return result
 
 
 def allow_tf32(allowed: bool) -> None:

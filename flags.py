@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import data
 import models
 import prune
 from run import WrongUsage, number, positive, usable_device
@@ -35,6 +36,13 @@ def teacher_file(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not ARCH:FILE with ARCH one of {', '.join(models.PRESETS)}")
     return text
+
+
+def share(text: str) -> float:
+    """The type of --unpaired-share: a number in (0, 1)."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1)")
+    return float(text)
 
 
 natural = number(int, 1)
@@ -69,6 +77,12 @@ def add_what(add: Callable) -> None:
 def add_data(add: Callable) -> None:
     """The pictures to train and to measure on."""
     add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
+    add("--degradation", choices=data.KINDS,
+        help="how small images are made of originals (default bicubic)")
+    add("--unpaired", metavar="DIR",
+        help="adapt to these photographs without originals, such as your camera's")
+    add("--unpaired-share", type=share, metavar="F",
+        help="the part of a training batch that they are (default 0.3)")
     add("--test", metavar="DIR",
         help="report on these pictures (default: eight photographs of scikit-image)")
     add("--memory", type=positive, default=4.0, metavar="GIB",
@@ -172,6 +186,8 @@ def settle(args: argparse.Namespace) -> Settings:
     settings = fitted(settings, args.patch, args.batch)
     if settings.widths == "uniform" and (args.search_steps or args.first_order):
         raise WrongUsage("--search-steps and --first-order belong to --widths searched")
+    if args.unpaired_share and not args.unpaired:
+        raise WrongUsage("--unpaired-share belongs to --unpaired DIR")
     if settings.budget and not settings.prune:
         settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
     check(settings, network)
@@ -194,8 +210,29 @@ def check(settings: Settings, network: nn.Module) -> None:
                          f"patches of a step, give at least 2")
     if (settings.pretrained_dual or settings.channels) and not settings.pretrained:
         raise WrongUsage("--pretrained-dual and --channels belong to --pretrained FILE")
+    if settings.unpaired:
+        check_unpaired(settings, network)
+    if settings.degradation != "bicubic" and network.kernel_size:
+        raise WrongUsage(f"--degradation {settings.degradation}: {settings.arch} is blind and "
+                         f"trained with blurs of its own, leave it out")
     if settings.widths == "uniform" and not settings.prune and not settings.budget:
         raise WrongUsage("--widths uniform compresses nothing by itself: add --prune R or --budget")
+
+
+def check_unpaired(settings: Settings, network: nn.Module) -> None:
+    """WrongUsage: settings with which photographs without originals teach nothing."""
+    if network.kernel_size:
+        raise WrongUsage(f"--unpaired: {settings.arch} is blind, it needs the true blur of every "
+                         f"training picture: take another --arch")
+    if not settings.dual_weight:
+        raise WrongUsage("--dual-weight 0 leaves nothing to learn from --unpaired photographs: "
+                         "give a weight above 0")
+    if settings.batch < 2:
+        raise WrongUsage(f"--batch {settings.batch} cannot hold a pair and a photograph of "
+                         f"--unpaired: give at least 2")
+    compress = settings.prune or settings.budget
+    if settings.pretrained and not settings.continue_training and not compress:
+        raise WrongUsage("--unpaired adapts --pretrained weights by training them: add --steps N")
 
 
 def fitted(settings: Settings, patch: int | None, batch: int | None) -> Settings:

@@ -43,6 +43,7 @@ class Wishes(NamedTuple):
     memory: int                      # bytes that decoded pictures may take in memory
     cache: Path | None               # where to keep them on disk; None: only where memory is short
     strict: bool                     # one unusable picture is an error
+    degradation: str = "bicubic"     # how small images are made (data.list_folder)
 
 
 # ---- headers ------------------------------------------------------------------------------------
@@ -101,13 +102,13 @@ def training_pictures(folder: str, scales: Sequence[int], wishes: Wishes, run: P
     The set has a place for each picture, see above. ValueError: too many cannot be used, or what
     data.list_folder raises; OSError: no room for the cache.
     """
-    files = list_folder(folder, scales)
+    files = list_folder(folder, scales, wishes.degradation)
     sources, broken = survey(files, wishes.patch)
     at_hand = {source[:2]: i for i, source in enumerate(sources)}
     record = read_record(run) if has_work(run) else None
     began = record["pictures"] if record else dict(source[:2] for source in sources)
     cache = choose_cache(wishes, record, sum(source.nbytes for source in sources))
-    place = cache and folder_of(cache, folder, files.scales)
+    place = cache and folder_of(cache, folder, files.scales, files.degradation)
     if record:
         stored = known(place, files.scales) if place else {}
         sources, broken = as_begun(folder, began, sources, broken, stored, wishes.strict)

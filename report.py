@@ -49,7 +49,9 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
     started = time.monotonic()
     # report.json comes last: where it stands, the pictures and the log belong to it
     (run.folder / "report.json").unlink(missing_ok=True)
-    table, rows, pictures = measure_all(states, test, device)
+    config = json.loads((run.folder / "config.json").read_text())
+    degradation = config.get("degradation", "bicubic")           # what it was trained for
+    table, rows, pictures = measure_all(states, test, device, degradation)
     shown = {name: results for name, results in rows.items() if name != "cut"}
     scale = states["dense"]["scale"]
     data.write_image(run.folder / "comparison.png", comparison(shown, pictures, scale))
@@ -64,13 +66,13 @@ def measure(run: Run, states: dict[str, dict], test: str | None, device: torch.d
     run.write_json("report.json", table)
 
 
-def measure_all(states: dict[str, dict], test: str | None,
-                device: torch.device) -> tuple[dict, dict, data.Pictures]:
+def measure_all(states: dict[str, dict], test: str | None, device: torch.device,
+                degradation: str = "bicubic") -> tuple[dict, dict, data.Pictures]:
     """({upscaler: its line of the table}, {upscaler: its evaluate.Rows}, the pictures) of bicubic
-    and, after it, of the networks in their order; arguments as in `measure`.
+    and, after it, of the networks in their order; arguments as in `measure` and `data.open_folder`.
     """
     first = models.from_checkpoint(next(iter(states.values())))
-    pictures = open_pictures(test, first.scale, first.kernel_size)
+    pictures = open_pictures(test, first.scale, first.kernel_size, degradation)
     measured = evaluate.evaluate(partial(data.imresize, scale=first.scale), pictures)
     rows = dict(bicubic=measured)
     table = dict(bicubic=means(measured))
@@ -121,11 +123,12 @@ def read_log(folder: Path) -> list[dict]:
     return lines
 
 
-def open_pictures(test: str | None, scale: int, kernel_size: int) -> data.Pictures:
+def open_pictures(test: str | None, scale: int, kernel_size: int,
+                  degradation: str = "bicubic") -> data.Pictures:
     """The test pictures at scales 1 and `scale`."""
     if test:
-        return data.open_folder(test, (1, scale))
-    return data.photographs((1, scale), kernel_size)
+        return data.open_folder(test, (1, scale), degradation=degradation)
+    return data.photographs((1, scale), kernel_size, degradation)
 
 
 def means(rows: list) -> dict:

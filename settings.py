@@ -40,6 +40,9 @@ class Settings:
     #                                   head); release: 4; 8 suits GPUs, 16 DRN on AVX-512
     seed: int = 0                     # of weights, generated pictures and patches
     data: str | None = None           # folder of training pictures; None: generated ones
+    degradation: str = "bicubic"      # how small images are made (degradation.KINDS)
+    unpaired: str | None = None       # folder of photographs without originals to adapt to
+    unpaired_share: float = 0.3       # the part of a batch that they are (DRN, arXiv 2003.07018)
     pretrained: str | None = None     # file of weights to start from
     pretrained_dual: str | None = None       # official file of its duals
     channels: str | None = None       # channel numbers of a pretrained network, already pruned

@@ -39,6 +39,7 @@ import latency
 import models
 import prune
 import report
+import unpaired
 from fitting import allow_tf32, autocast, fit
 from run import Run, command, read_checkpoint
 from settings import Settings
@@ -55,10 +56,12 @@ def open_data(run: Run, settings: Settings, args) -> data.Pictures:
         patch = settings.patch
         if settings.prune:
             patch = max(patch, settings.search_patch, settings.select_patch)
-        wishes = gather.Wishes(patch, int(args.memory * 2**30), args.cache, args.strict)
+        wishes = gather.Wishes(patch, int(args.memory * 2**30), args.cache, args.strict,
+                               settings.degradation)
         return gather.training_pictures(settings.data, scales, wishes, run.folder)
     side = settings.side
-    pictures = data.generate(settings.pictures, side, scales, settings.seed)
+    pictures = data.generate(settings.pictures, side, scales, settings.seed,
+                             degradation=settings.degradation)
     print(f"data      {len(pictures)} generated dead-leaves pictures of {side}x{side}")
     return pictures
 
@@ -72,11 +75,32 @@ def stream(settings: Settings, device, model, patch: int, batch: int, pictures, 
     return data.blind(batches, model.kernel_size, settings.seed, start, settings.epsilon)
 
 
+def open_unpaired(settings: Settings, memory: float) -> data.Pictures | None:
+    """The photographs without originals (unpaired.py), if there are any."""
+    if not settings.unpaired:
+        return None
+    photographs = unpaired.open_photographs(settings.unpaired, int(memory * 2**30))
+    count = unpaired.alone(settings.batch, settings.unpaired_share)
+    print(f"unpaired  {len(photographs)} photographs of {settings.unpaired}, {count} of the "
+          f"{settings.batch} patches of a step")
+    return photographs
+
+
+def training_stream(settings: Settings, device, model, pictures, photographs, start: int = 0):
+    """The batches of stages 2 and 5: where there are photographs, they stand beside the pairs."""
+    if not photographs:
+        return stream(settings, device, model, settings.patch, settings.batch, pictures, start)
+    batches = unpaired.batches(pictures, photographs, settings.patch, settings.batch,
+                               settings.unpaired_share, settings.seed, start)
+    return data.to_device(batches, device)
+
+
 # ---- 2 primal and dual training -----------------------------------------------------------------
-def train(run: Run, settings: Settings, device, pictures) -> dict:
+def train(run: Run, settings: Settings, device, pictures, photographs=None) -> dict:
     """Minimises L_DR (dual.py) from scratch; returns the checkpoint of the dense network.
 
     Pretrained weights stay as they are: only missing duals are trained, unless --steps is given.
+    photographs: those of `open_unpaired`.
     """
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -91,23 +115,31 @@ def train(run: Run, settings: Settings, device, pictures) -> dict:
             steps = settings.dual_steps if needed else 0
     else:
         model = models.build(settings.arch, settings.scale)
-        duals = dual.make_duals(model)
+        duals = new_duals(settings, model)
         if settings.preset != "paper":
             model.start_from_interpolation()
     model.set_drop_path(settings.drop_path)
     model.to(device, memory_format=torch.channels_last)
     duals.to(device)
-    batches = partial(stream, settings, device, model, settings.patch, settings.batch, pictures)
+    batches = partial(training_stream, settings, device, model, pictures, photographs)
     model = fit(run, "train", settings, model, duals, steps, settings.rate,
                 native_loss(settings, model, duals), batches)
     return run.finish("train", models.checkpoint(model, duals), started, steps=steps)
+
+
+def new_duals(settings: Settings, model) -> nn.ModuleList:
+    """Duals with random weights; for photographs without originals, such as work at once."""
+    duals = dual.make_duals(model)
+    if settings.unpaired:
+        dual.start_from_averages(duals)
+    return duals
 
 
 def pretrained(settings: Settings) -> tuple:
     """(model, duals, whether the duals came with it) of --pretrained and --pretrained-dual."""
     file = settings.pretrained
     model, states = models.load_networks(file, settings.arch, settings.scale, settings.channels)
-    duals = dual.make_duals(model)
+    duals = new_duals(settings, model)
     if settings.pretrained_dual:
         file = settings.pretrained_dual
         states = read_checkpoint(file, list)
@@ -310,7 +342,8 @@ def select_and_cut(run: Run, settings: Settings, device, pictures, dense: dict,
 
 
 # ---- 5 fine-tuning with distillation ------------------------------------------------------------
-def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict) -> dict:
+def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict,
+         photographs=None) -> dict:
     """Minimises L_DR plus the distance to the teacher; returns the checkpoint."""
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -330,7 +363,7 @@ def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict)
                 away = distance(batch.images[1], out)
             return dr_loss(out, batch) + settings.distill_weight * away
 
-        batches = partial(stream, settings, device, model, settings.patch, settings.batch, pictures)
+        batches = partial(training_stream, settings, device, model, pictures, photographs)
         model = fit(run, "tune", settings, model, duals, settings.tune_steps, settings.tune_rate,
                     loss_fn, batches)
     return run.finish("tune", models.checkpoint(model, duals), started, steps=settings.tune_steps)
@@ -361,13 +394,14 @@ def main() -> None:
 
     # 1 data, unless all that needs it is done
     compress = bool(settings.prune or settings.budget)
-    pictures = None
+    pictures = photographs = None
     if not run.has("tune.pt" if compress else "train.pt"):
+        photographs = open_unpaired(settings, args.memory)
         pictures = open_data(run, settings, args)
         run.log(stage="start", **report.surroundings(device))
 
     # 2 primal and dual training
-    dense = run.read("train.pt") or train(run, settings, device, pictures)
+    dense = run.read("train.pt") or train(run, settings, device, pictures, photographs)
     networks = dict(dense=dense)
     if compress:
         # 3 search: how many channels each layer keeps
@@ -378,7 +412,8 @@ def main() -> None:
                                                       found["widths"])
 
         # 5 fine-tuning with distillation
-        pruned = run.read("tune.pt") or tune(run, settings, device, pictures, cut, dense)
+        pruned = run.read("tune.pt") or tune(run, settings, device, pictures, cut, dense,
+                                             photographs)
         networks = dict(dense=dense, cut=cut, pruned=pruned)
 
     # 6 report

@@ -4,6 +4,7 @@
     python upscale.py holiday/ --weights W --output large/              # a folder
     python upscale.py "*.png" --arch dat_light --weights DAT_light_x4.pth
     python upscale.py photo.jpg --arch dcls --weights dcls.pt --blur-kernel blur.png
+    python upscale.py photo.jpg --weights W --consistency  # and a map of where not to trust it
 
 Any picture that Pillow reads, of any size: grey stays grey, transparency is enlarged by bicubic,
 large pictures are worked on in overlapping tiles. Nothing is overwritten without --force.
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import consistency
 import data
 import graphs
 import kernels
@@ -221,9 +223,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--force", action="store_true", help="overwrite results that exist")
     add("--blur-kernel", metavar="FILE.png",
         help="write the blur kernel that a blind network (dcls) finds")
+    add("--consistency", action="store_true",
+        help="map the result down again, write where it differs as name_x4_consistency.png")
     add_how(parser, f"0: none (default: {AUTO_TILE} above {AUTO_PIXELS:,} LR pixels, else 0)")
     args = parser.parse_args(argv)
     check_network(parser, args)
+    if args.consistency and args.bicubic:
+        parser.error("--consistency needs a network with duals: give --weights, not --bicubic")
     if args.blur_kernel and not args.blur_kernel.lower().endswith(".png"):
         parser.error(f"--blur-kernel {args.blur_kernel}: use a name with .png")
     return args
@@ -312,17 +318,22 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")      # names that the terminal cannot show
     if not args.weights and not args.bicubic:
         raise no_weights(args.input)
-    model = None
+    model = duals = None
     scale = args.scale
     if args.weights:
-        model = models.load(args.weights, args.arch, args.scale, args.channels)
+        model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels)
         scale = model.scale
+        if args.consistency:
+            duals = consistency.load_duals(args.weights, model, states).to(args.device)
     if args.blur_kernel and not getattr(model, "kernel_size", 0):
         raise ValueError(f"--blur-kernel {args.blur_kernel}: only a blind network (dcls) estimates "
                          f"a kernel, leave it out")
     jobs = plan(args.input, args.output, scale, args.force)
     if args.blur_kernel:
         check_kernel_target(args, jobs)
+    if duals and not args.force:
+        for name in consistency.existing(jobs):
+            raise WrongUsage(f"{name} exists already: give --force to overwrite it")
     headers = [look(job.source) for job in jobs]
     for job, header in zip(jobs, headers):
         check_size(job, (header.height, header.width), scale)
@@ -334,12 +345,13 @@ def main() -> None:
         model = models.inference(model, args.precision).to(args.device)
         if args.device.type == "cuda" and args.kernels != "torch":
             graphs.use(model)
-    enlarge_all(jobs, headers, model, scale, args, how)
+    enlarge_all(jobs, headers, model, scale, args, how, duals)
 
 
 def enlarge_all(jobs: list[Job], headers: list[Header], model: nn.Module | None, scale: int,
-                args: argparse.Namespace, how: str) -> None:
-    """Makes one picture after the other; how: the end of each picture's line.
+                args: argparse.Namespace, how: str, duals: nn.ModuleList | None = None) -> None:
+    """Makes one picture after the other; how: the end of each picture's line; duals: for
+    --consistency.
 
     What is wrong with one of several pictures is said, and the others are made. In the end
     ValueError, if anything was wrong. The one progress bar shows in a terminal only (disable=None).
@@ -352,6 +364,7 @@ def enlarge_all(jobs: list[Job], headers: list[Header], model: nn.Module | None,
             notes(job, headers[i], args, bar)
             try:
                 sizes = enlarge(job, model, scale, args, bar)
+                checked = consistency.check(job, duals) if duals else ""
             except Exception as error:
                 sentence = explain(error)
                 if sentence is None:
@@ -365,6 +378,8 @@ def enlarge_all(jobs: list[Job], headers: list[Header], model: nn.Module | None,
             else:
                 seconds = time.perf_counter() - start
                 bar.write(f"{job.target}: {sizes} by {how}, {seconds:.1f} s", file=sys.stdout)
+                if checked:
+                    bar.write(checked, file=sys.stdout)
             bar.update(sum(counts[:i + 1]) - bar.n)        # what a failed picture left out
     if failed:
         raise ValueError(f"{failed} of {len(jobs)} pictures could not be enlarged, see above")

@@ -105,10 +105,11 @@ def test_another_program_or_other_scales_do_not_use_it(tmp_path, monkeypatch, sc
     assert cache.known(tmp_path, scales) == {}
 
 
-def test_a_folder_for_each_set_and_scales(tmp_path):
+def test_a_folder_for_each_set_scales_and_reduction(tmp_path):
     names = {cache.folder_of(tmp_path, folder, scales)
              for folder in ("a/HR", "b/HR") for scales in ((1, 2), (1, 4))}
-    assert len(names) == 4
+    names.add(cache.folder_of(tmp_path, "a/HR", (1, 2), "nearest"))
+    assert len(names) == 5
     assert cache.folder_of(tmp_path, "a/HR", (1, 2)).name.startswith("HR_x1-2_")
 
 

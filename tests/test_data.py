@@ -186,6 +186,25 @@ def test_layouts_use_the_files_and_make_the_others(tmp_path, high, low):
     assert same_images(x2_alone[0].images, {1: x2, 2: originals[0][:18, :22]})
 
 
+@pytest.mark.parametrize("kind", ["nearest", "blur-down"])
+def test_another_reduction_makes_the_input_alone(kind, tmp_path):
+    """Files of reductions are bicubic and not taken for it; what lies between stays bicubic."""
+    original = picture(16, 24)
+    save(tmp_path / "HR" / "a.png", original)
+    save(tmp_path / "LR_bicubic" / "X4" / "ax4.png", picture(4, 6, 1))
+    save(tmp_path / "LR_bicubic" / "X2" / "ax2.png", picture(8, 12, 2))
+    [found] = data.open_folder(tmp_path, (1, 2, 4), degradation=kind)
+    assert np.array_equal(found.images[1], data.reduce(original, 4, kind))
+    assert np.array_equal(found.images[2], picture(8, 12, 2))
+    [found] = data.open_folder(tmp_path, (1, 2, 4))
+    assert np.array_equal(found.images[1], picture(4, 6, 1))
+    for pictures in (data.photographs((1, 2, 4), degradation=kind),
+                     data.generate(1, 64, (1, 2, 4), 0, degradation=kind)):
+        images = pictures[0].images
+        assert np.array_equal(images[1], data.reduce(images[4], 4, kind))
+        assert np.array_equal(images[2], data.imresize(images[4], 1 / 2))
+
+
 def test_layouts_are_those_of_the_authors():
     assert [high for high, _ in data.LAYOUTS] == ["DF2K/DF2K_HR", "DIV2K/DIV2K_train_HR",
                                                   "Flickr2K/Flickr2K_HR", "HR"]

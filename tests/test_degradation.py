@@ -7,10 +7,12 @@ import pytest
 import skimage.data
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import degradation
 from bicubic import resize
+from pictures import picture
 from tiny import same
 
 
@@ -76,6 +78,75 @@ def brute_correction(blurred, clean, size, epsilon):
     k[colours[0] * colours[1] * colours[2] <= 0] = 0
     k = np.clip(k - 0.75 * sorted(k.flatten())[-41], 0, 1)
     return k / k.sum()
+
+
+# ---- three fixed ways ----------------------------------------------------------------------------
+def brute_reduce(image, scale, kind):
+    """One value at a time, in float64, from the definition in degradation.py."""
+    height, width, _ = image.shape
+    out = np.zeros((height // scale, width // scale, 3))
+    gaussian = [math.exp(-k * k / (2 * 1.6**2)) for k in range(-3, 4)]
+    for i, j, c in itertools.product(*map(range, out.shape)):
+        y = i * scale + scale // 2
+        x = j * scale + scale // 2
+        if kind == "nearest":
+            out[i, j, c] = image[y, x, c]
+            continue
+        for a, b in itertools.product(range(-3, 4), repeat=2):
+            value = image[min(max(y + a, 0), height - 1), min(max(x + b, 0), width - 1), c]
+            out[i, j, c] += gaussian[a + 3] * gaussian[b + 3] * value / sum(gaussian)**2
+    return np.floor(out + 0.5)
+
+
+@pytest.mark.parametrize("kind", ["nearest", "blur-down"])
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+def test_reductions_equal_brute_force(kind, scale):
+    image = picture(3 * scale, 5 * scale)
+    found = degradation.reduce(image, scale, kind)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, brute_reduce(image, scale, kind))
+    assert np.array_equal(degradation.reduce(image[..., 0], scale, kind), found[..., 0])
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_nearest_takes_the_pixels_that_others_take(scale):
+    """Pillow's, and PyTorch's "nearest-exact"; "nearest" of PyTorch takes the upper left one."""
+    image = picture(6 * scale, 4 * scale)
+    found = degradation.reduce(image, scale, "nearest")
+    pillow = Image.fromarray(image).resize((4, 6), Image.Resampling.NEAREST)
+    assert np.array_equal(found, np.asarray(pillow))
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    exact = F.interpolate(x, (6, 4), mode="nearest-exact")
+    assert torch.equal(degradation.reduce_images(x, scale, "nearest"), exact)
+
+
+def test_bicubic_is_the_benchmarks():
+    image = picture(24, 16)
+    assert np.array_equal(degradation.reduce(image, 4), data.imresize(image, 1 / 4))
+
+
+@pytest.mark.parametrize("kind", degradation.KINDS)
+def test_float_reductions_are_the_same_and_have_gradients(kind):
+    image = picture(12, 20)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].double().requires_grad_()
+    found = degradation.reduce_images(x, 4, kind)
+    low = torch.from_numpy(degradation.reduce(image, 4, kind)).permute(2, 0, 1)[None]
+    assert (found.clamp(0, 255) - low).abs().max() <= (1.2 if kind == "bicubic" else 0.5)
+    found.sum().backward()
+    used = (x.grad != 0).double().mean()
+    assert used == 1 / 16 if kind == "nearest" else used > 0.9
+
+
+@pytest.mark.parametrize("shape, scale, kind, words", [
+    ((8, 8, 3), 4, "linear", "'linear': choose one of bicubic, nearest, blur-down"),
+    ((8, 10, 3), 4, "nearest", "10x8 pixels to 1/4: crop the sides to multiples of 4"),
+    ((8, 0, 3), 4, "nearest", "0x8 pixels"),
+    ((8, 8, 3), 0, "nearest", "1/0")])
+def test_reduce_refuses(shape, scale, kind, words):
+    with pytest.raises(ValueError, match=words):
+        degradation.reduce(np.zeros(shape, np.uint8), scale, kind)
+    with pytest.raises(ValueError, match="float64 of shape"):
+        degradation.reduce(np.zeros((8, 8, 3)), 4, "nearest")
 
 
 # ---- one batch -----------------------------------------------------------------------------------

@@ -68,6 +68,86 @@ def test_duals_and_network_are_trained_by_dr_loss():
     assert all(p.grad is not None for p in model.parameters())
 
 
+# ---- inputs without originals -------------------------------------------------------------------
+class Halve(Mean2):
+    """The same from any scale to half of it, with a factor that tells which duals were used."""
+    def __init__(self, src, factor):
+        super().__init__()
+        self.src, self.dst, self.factor = src, src // 2, factor
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_the_way_back_takes_one_dual_after_the_other():
+    duals = [Halve(4, 2.0), Halve(2, 3.0)]
+    image = torch.ones(1, 3, 8, 8)
+    assert torch.equal(dual.way_back(image, 4, duals), torch.full((1, 3, 2, 2), 6.0))
+    assert torch.equal(dual.way_back(image, 2, duals), torch.full((1, 3, 4, 4), 3.0))
+    assert dual.way_back(image, 1, duals) is image
+
+
+@pytest.mark.parametrize("src, dst", [(2, 1), (4, 1), (8, 4), (8, 1), (3, 1)])
+def test_duals_that_start_from_averages_average(src, dst):
+    duals = nn.ModuleList([dual.Dual(src, dst, 8)])
+    dual.start_from_averages(duals)
+    image = torch.rand(2, 3, 4 * src, 5 * src)
+    factor = src // dst
+    assert (duals[0](image) - F.avg_pool2d(image, factor)).abs().max() < 1e-6
+    spare = [p for p in duals.parameters() if p.shape[0] == 8]
+    assert all(p[3:].abs().max() > 0 for p in spare), "channels to learn with stay random"
+
+
+def test_unpaired_loss_by_hand():
+    """P_2 = 1 comes back as 3, P_4 = 1 as 2 and then as 6: |3 − 0.5| + |6 − 0.5|."""
+    images = {s: torch.ones(1, 3, s, s) for s in (1, 2, 4)}
+    low = torch.full((1, 3, 1, 1), 0.5)
+    found = dual.unpaired_loss(images, low, [Halve(4, 2.0), Halve(2, 3.0)])
+    assert found.item() == pytest.approx(2.5 + 5.5)
+
+
+def mixed_batch(tiny=tiny_drn):
+    """Three pairs and an input alone: predictions, what they should be, all four originals."""
+    model, duals = tiny()
+    whole = {s: rule.image(s, 4, 8 * s, 8 * s) for s in (1, 2, 4)}
+    y = {s: x if s == 1 else x[:3] for s, x in whole.items()}
+    return model(whole[1]).images, y, whole, duals
+
+
+@pytest.mark.parametrize("tiny", [tiny_drn, tiny_swinir, tiny_dat])
+def test_mixed_loss_is_the_mean_over_the_batch(tiny):
+    images, y, whole, duals = mixed_batch(tiny)
+    loss = 0
+    for i in range(4):
+        out = {s: x[i:i + 1] for s, x in images.items()}
+        true = {s: x[i:i + 1] for s, x in whole.items()}
+        if i < 3:
+            loss += dual.dr_loss(out, true, duals, 0.3) / 4
+        else:
+            loss += 0.3 * dual.unpaired_loss(out, true[1], duals) / 4
+    found = dual.mixed_loss(images, y, duals, 0.3)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    native = dual.native_loss(SR(images), SR(y), duals, 0.3, 255)
+    assert native.item() == pytest.approx(255 * loss.item(), rel=1e-6)
+
+
+def test_with_all_originals_or_none_it_is_one_term():
+    images, _, whole, duals = mixed_batch()
+    assert torch.equal(dual.mixed_loss(images, whole, duals), dual.dr_loss(images, whole, duals))
+    none = {s: x if s == 1 else x[:0] for s, x in whole.items()}
+    alone = 0.1 * dual.unpaired_loss(images, whole[1], duals)
+    assert torch.equal(dual.mixed_loss(images, none, duals), alone)
+
+
+def test_an_input_alone_trains_network_and_duals():
+    model, duals = tiny_drn()
+    low = rule.image(1, 1, 8, 8)
+    dual.unpaired_loss(model(low).images, low, duals).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in duals.parameters())
+    tail = [p for name, p in model.named_parameters() if "tail.2" in name]
+    assert tail and all(p.grad.abs().max() > 0 for p in tail)
+
+
 def test_blind_loss_by_hand():
     kernel = image([0.1, 0.2], [0.3, 0.4])
     flat = torch.full((1, 1, 2, 2), 0.25)

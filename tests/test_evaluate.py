@@ -183,6 +183,15 @@ def test_bicubic_of_a_folder(folder, tmp_path, monkeypatch, capsys):
     assert len([line for line in out.splitlines() if line.startswith("mean")]) == 1
 
 
+def test_pictures_are_made_small_as_asked(folder, monkeypatch, capsys):
+    code, out, _ = run_command(evaluate, monkeypatch, capsys, "--bicubic", "--scale", 2, "--data",
+                               folder, "--degradation", "nearest")
+    assert code == 0
+    [row] = evaluate.evaluate(lambda low: data.imresize(low, 2),
+                              data.open_folder(folder, (1, 2), degradation="nearest"))[:1]
+    assert f"{row.psnr:9.3f} {row.ssim:.5f}" in out
+
+
 def test_a_network_beside_bicubic(folder, tmp_path, monkeypatch, capsys):
     file = tmp_path / "weights.pt"
     model = models.build("swinir_light", 4)

@@ -235,6 +235,16 @@ def test_the_run_folder_tells_what_the_run_is(line, folder):
     ("--arch drn_s --pretrained-dual d.pt", "belong to --pretrained FILE"),
     ("--arch dat_light --batch 1",
      "--batch 1: dat_light has BatchNorm over the patches of a step, give at least 2"),
+    ("--arch drn_s --degradation linear", "--degradation: invalid choice: 'linear'"),
+    ("--arch dcls --degradation nearest", "dcls is blind and trained with blurs of its own"),
+    ("--arch drn_s --unpaired D --unpaired-share 0", "--unpaired-share: 0 is outside (0, 1)"),
+    ("--arch drn_s --unpaired D --unpaired-share 1", "--unpaired-share: 1 is outside (0, 1)"),
+    ("--arch drn_s --unpaired D --unpaired-share nan", "--unpaired-share: nan is outside (0, 1)"),
+    ("--arch drn_s --unpaired-share 0.2", "--unpaired-share belongs to --unpaired DIR"),
+    ("--arch dcls --unpaired D", "--unpaired: dcls is blind"),
+    ("--arch drn_s --unpaired D --dual-weight 0", "--dual-weight 0 leaves nothing to learn from"),
+    ("--arch drn_s --unpaired D --batch 1", "--batch 1 cannot hold a pair and a photograph"),
+    ("--arch drn_s --unpaired D --pretrained a.pt", "--unpaired adapts --pretrained weights by"),
     ("--arch drn_s --round 6", "--round: invalid choice: 6 (choose from 4, 8, 16)"),
     ("--arch drn_s --device toaster", "--device: 'toaster' cannot be used here: try cpu")])
 def test_wrong_flags_are_one_sentence(line, words, capsys):

@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "data": PICTURES - {"data"} | {"backbones", "download"},
     "cache": {"data"},
     "gather": {"cache", "data", "files"},
+    "unpaired": PICTURES | {"backbones"},
     # the commands
     "graphs": set(),
-    "upscale": NETWORKS | PICTURES | {"graphs"},
+    "consistency": PICTURES | {"dual"},
+    "upscale": NETWORKS | PICTURES | {"consistency", "graphs"},
     "evaluate": NETWORKS | PICTURES | {"upscale"},
     "crops": PICTURES | {"upscale"},
     "charts": set(),
@@ -54,7 +56,8 @@ MAY_IMPORT = {
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "page"},
     "flags": NETWORKS | {"data", "prune", "settings"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
-                                    "fitting", "flags", "gather", "settings"},
+                                    "fitting", "flags", "gather", "settings",
+                                    "unpaired"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
 READ_FLAGS = {"run", "download", "upscale", "evaluate", "report", "flags", "train", "bench",
