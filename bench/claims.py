@@ -26,6 +26,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -366,7 +367,10 @@ def labs(args: argparse.Namespace, name: str, tests: dict) -> list[Lab]:
     """A Lab for every seed; all of them share the training pictures."""
     sizes = FULL | (QUICK if args.quick else {})
     settings = replace(NETWORKS[name], **sizes, data=args.data)
-    pictures = train.open_data(settings, memory=2.0)
+    folder = args.run / name                # notes which pictures there are
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = train.open_data(SimpleNamespace(folder=folder), settings,
+                               SimpleNamespace(memory=2.0, cache=None, strict=False))
     return [Lab(args.run / name / f"seed {seed}", replace(settings, seed=seed), pictures, tests,
                 args.device) for seed in range(args.seeds)]
 

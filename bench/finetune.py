@@ -110,7 +110,7 @@ def main() -> None:
     run.curve = {}
     if run.has("curve.json"):
         run.curve = json.loads((run.folder / "curve.json").read_text())
-    pictures = train.open_data(settings, args.memory)
+    pictures = train.open_data(run, settings, args)
     if own.halved:
         pictures = halved(pictures)
     step = partial(train_stage, run, settings, args.device, pictures)
