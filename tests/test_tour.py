@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import models
 import own
 import prune
 import train
+from small_runs import photo
 from tiny import ROOT, parameters, run_command
 
 
@@ -59,12 +59,13 @@ def test_the_network_is_cut_without_a_change(network):
 def test_the_network_goes_through_all_stages(network, tmp_path, monkeypatch, capsys):
     """The command that tour.py names, with fewer steps."""
     folder = tmp_path / "run"
-    Image.fromarray(data.generate(1, 48, (1, 2), 0)[0].images[2]).save(tmp_path / "one.png")
+    (tmp_path / "pictures").mkdir()
+    photo(48).save(tmp_path / "pictures" / "one.png")
     code, _, errors = run_command(
         train, monkeypatch, capsys, "--network", network, "--network-args",
         "scale=2,feats=16,blocks=4", "--range", 255, "--prune", 0.4, "--preset", "quick", "--steps",
         2, "--search-steps", 1, "--tune-steps", 1, "--pictures", 4, "--batch", 1, "--device", "cpu",
-        "--test", tmp_path / "one.png", "--run", folder)
+        "--test", tmp_path / "pictures", "--run", folder)
     assert code == 0, errors
     dense, pruned = (models.load(folder / f"{stage}.pt") for stage in ("train", "tune"))
     assert parameters(pruned) < parameters(dense)
