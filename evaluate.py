@@ -36,6 +36,7 @@ from upscale import (
     check_network,
     estimate_kernel,
     kernel_picture,
+    own_network,
     place,
     upscale,
 )
@@ -127,15 +128,26 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     not the folded copy of `models.inference`. Nothing is computed: the pass runs on PyTorch's meta
     device, where tensors have a shape and no content.
     """
-    twin = copy.deepcopy(model).eval().to("meta")
+    twin = copy.deepcopy(model).eval()
     formulas = {}
     if getattr(model, "madds_count_bias", False):
         formulas[torch.ops.aten.convolution] = flops_with_bias
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), counter:
-        twin(torch.empty(1, 3, height, width, device="meta"))
+
+    def madds(device: str) -> int:
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        with torch.no_grad(), counter:
+            twin.to(device)(torch.zeros(1, 3, height, width, device=device))
+        return counter.get_total_flops() // 2
+
+    try:
+        total = madds("meta")
+    except (RuntimeError, NotImplementedError):
+        if not getattr(model, "source", None):
+            raise
+        twin = copy.deepcopy(model).eval()   # of the user's own: its forward may need real numbers
+        total = madds("cpu")
     params = sum(p.numel() for p in model.parameters())
-    return Cost(params, counter.get_total_flops() // 2)
+    return Cost(params, total)
 
 
 def flops_with_bias(x, weight, bias, stride, padding, dilation, transposed, *_, out_shape=None,
@@ -288,7 +300,7 @@ def main() -> None:
     if args.bicubic:
         measure(args, None, args.scale, using)
         return
-    model = models.load(args.weights, args.arch, args.scale, args.channels)
+    model = models.load(args.weights, args.arch, args.scale, args.channels, own_network(args))
     measure(args, model, model.scale, using)
 
 

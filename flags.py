@@ -15,9 +15,11 @@ from torch import nn
 
 import data
 import models
+import own
 import prune
 from run import WrongUsage, number, positive, usable_device
 from settings import PRESETS, Settings
+from upscale import add_own, own_network
 
 
 def target(text: str) -> tuple[str, float]:
@@ -60,7 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_what(add: Callable) -> None:
     """Which network, how far it is compressed."""
-    add("--arch", choices=tuple(models.PRESETS), required=True, help="the network")
+    add("--arch", choices=tuple(models.PRESETS), help="the network")
+    add_own(add)
     add("--scale", type=int, help="upscaling factor (default 4)")
     add("--prune", type=number(float, 0, 1), metavar="R",
         help="compress: a layer keeps about 1 - R of its hidden channels or less, down to half of "
@@ -165,6 +168,13 @@ def settle(args: argparse.Namespace) -> Settings:
 
     WrongUsage: an unknown scale, a network without settings, flags that do not go together.
     """
+    args.found = ""
+    if bool(args.arch) == bool(args.network):
+        raise WrongUsage("give --arch, or --network FILE.py:CLASS for a network of your own")
+    if args.network:
+        open_own(args)
+    elif args.network_args or args.range:
+        raise WrongUsage("--network-args and --range belong to --network FILE.py:CLASS")
     family = args.arch.partition("_")[0]
     preset = args.preset or ("default" if args.device.type == "cuda" else "quick")
     if (family, preset) not in PRESETS:
@@ -192,6 +202,27 @@ def settle(args: argparse.Namespace) -> Settings:
         settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
     check(settings, network)
     return settings
+
+
+def open_own(args: argparse.Namespace) -> None:
+    """Runs the file of --network; sets `arch`, `scale`, `range`, and `found`, the table of what may
+    be pruned. WrongUsage: flags that do not fit. ValueError: its network cannot be used.
+    """
+    if args.channels:
+        raise WrongUsage("--channels is for official files: a pruned network of your own is a "
+                         "checkpoint, which knows its widths")
+    arch, scale, table = models.add_own(own_network(args), args.pretrained)
+    if args.scale not in (None, scale):
+        raise WrongUsage(f"--scale {args.scale}: {args.network} enlarges {scale} times")
+    source = models.PRESETS[arch][1][scale]["source"]
+    args.arch, args.scale, args.range = arch, scale, source["range"]
+    args.found = (f"network   enlarges {scale} times, images in 0..{args.range:g}; widths that may "
+                  f"be pruned (their channels), and layers that stay whole:\n{table}")
+    if (args.prune or args.budget) and not source["pairs"]:
+        raise ValueError(f"{args.network} has no width that can be pruned:\n{table}")
+    if args.budget and own.shares_layers(source):
+        raise WrongUsage("--budget needs widths whose costs add up, and in this network a layer "
+                         "has two of them: use --prune")
 
 
 def check(settings: Settings, network: nn.Module) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import own
 import zoo
 from backbones.base import Backbone
 from backbones.dat import DAT
@@ -59,6 +60,41 @@ def build(arch: str, scale: int = 4, widths: dict[str, int] | list[int] | None =
     return cls(arch=arch, scale=scale, widths=widths, **sizes[scale])
 
 
+def add_own(given: own.Given, weights: str | Path | None = None) -> tuple[str, int, str]:
+    """Adds a network of the user's own to the `PRESETS`: (its arch, its scale, the table of what
+    may be pruned). weights: a file of its trained weights. Errors: see own.py.
+    """
+    own.open_file(given.network)
+    load = None
+    if weights:
+        state = read_checkpoint(weights)
+        if is_checkpoint(state):
+            return add_stored(state, weights)
+
+        def load(net):
+            try:
+                load_state(net, state)
+            except ValueError as error:
+                raise ValueError(f"{weights}: {error}") from error
+
+    source, table = own.describe(given, load)
+    PRESETS[source["arch"]] = (own.build, {source["scale"]: dict(source=source)})
+    return source["arch"], source["scale"], table
+
+
+def add_stored(state: dict, file: str | Path) -> tuple[str, int, str]:
+    """Likewise from a checkpoint of ours, which knows all of it; its network may be pruned."""
+    if "network" not in state:
+        raise ValueError(f"{file} holds {state['arch']} and no network of your own: leave "
+                         f"--network out")
+    try:
+        model = from_checkpoint(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    PRESETS[model.arch] = (own.build, {model.scale: dict(source=model.source)})
+    return model.arch, model.scale, own.told(model.pairs())
+
+
 # ---- weights in, weights out --------------------------------------------------------------------
 DERIVED = ("attn_mask", "relative_position_index", "rpe_biases")   # released files hold these
 #                                                     buffers, which follow from the sizes
@@ -71,9 +107,11 @@ def load_state(module: nn.Module, state: dict) -> dict | None:
     their dual inside, under `dual_model.`: returns its state dict, or None where there is none.
     ValueError: the first weight that is missing, has another shape, or is unexpected.
     """
-    for key in ("params_ema", "params"):
-        if isinstance(state, dict):
-            state = state.get(key, state)
+    for key in ("params_ema", "params", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if isinstance(state, dict) and all(str(name).startswith("module.") for name in state):
+        state = {name.removeprefix("module."): p for name, p in state.items()}   # DataParallel's
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("this is no state dict of one network (a dict of tensors): give the file "
                          "of the weights themselves")
@@ -82,7 +120,7 @@ def load_state(module: nn.Module, state: dict) -> dict | None:
     for name, tensor in state.items():
         if name.startswith("dual_model."):
             dual[name.removeprefix("dual_model.")] = tensor
-        elif not any(part in name.rpartition(".")[2] for part in DERIVED):
+        elif name in mine or not any(part in name.rpartition(".")[2] for part in DERIVED):
             weights[name] = tensor
     for name in mine:
         if name not in weights:
@@ -101,32 +139,45 @@ def load_state(module: nn.Module, state: dict) -> dict | None:
 
 
 def checkpoint(model: Backbone, duals: nn.ModuleList) -> dict:
-    """All that rebuilds a network and its duals: `run.Run.write` stores it, `load` reads it."""
-    return dict(arch=model.arch, scale=model.scale, widths=model.widths, model=model.state_dict(),
-                duals=[d.state_dict() for d in duals])
+    """All that rebuilds a network and its duals: `run.Run.write` stores it, `load` reads it. Of a
+    network of the user's own the file is named under "network", see own.py.
+    """
+    state = dict(arch=model.arch, scale=model.scale, widths=model.widths, model=model.state_dict(),
+                 duals=[d.state_dict() for d in duals])
+    return state | dict(network=model.source) if model.source else state
+
+
+def is_checkpoint(state: dict) -> bool:
+    """Whether a file's content is a `checkpoint`, and no state dict of an official file."""
+    return {"arch", "scale", "widths", "model"} <= state.keys()
 
 
 def from_checkpoint(state: dict) -> Backbone:
     """The network of a `checkpoint`, on the CPU and in training mode."""
-    model = build(state["arch"], state["scale"], state["widths"])
+    if "network" in state:
+        model = own.build(state["network"], state["widths"])
+    else:
+        model = build(state["arch"], state["scale"], state["widths"])
     load_state(model, state["model"])
     return model
 
 
 def load(path: str | Path, arch: str | None = None, scale: int | None = None,
-         channels: str | Path | None = None) -> Backbone:
+         channels: str | Path | None = None, given: own.Given | None = None) -> Backbone:
     """The network in a file; see `load_networks`."""
-    return load_networks(path, arch, scale, channels)[0]
+    return load_networks(path, arch, scale, channels, given)[0]
 
 
 def load_networks(path: str | Path, arch: str | None = None, scale: int | None = None,
-                  channels: str | Path | None = None) -> tuple[Backbone, list[dict] | None]:
+                  channels: str | Path | None = None,
+                  given: own.Given | None = None) -> tuple[Backbone, list[dict] | None]:
     """(network, state dicts of its duals, or None where the file has none) of a file.
 
     One of our checkpoints rebuilds itself. So does a name of zoo.py, such as "zoo:drn_s30", whose
     file is downloaded the first time. An official file needs `arch`, `scale` (4 if not given)
     and, for a pruned network, `channels`, the path of its channel file. Only tensors and plain
-    containers are unpickled. The network is on the CPU and in training mode.
+    containers are unpickled. The network is on the CPU and in training mode. given: the flags of a
+    network of the user's own, whose file is run.
     ValueError: a file that is missing, damaged, or of another arch or scale than given; see also
     load_state and read_channels.
     """
@@ -137,7 +188,14 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         check_given(name, released.arch, released.scale, arch, scale, channels)
         arch, scale, widths = released.arch, released.scale, released.widths
     state = read_checkpoint(path)
-    if {"arch", "scale", "widths", "model"} <= state.keys():
+    if given:
+        own.open_file(given.network)
+        if not is_checkpoint(state):
+            arch, found, _ = add_own(given, path)
+            scale = scale or found
+    ours = is_checkpoint(state)
+    source = state.get("network") if ours else None
+    if ours:
         check_given(name, state["arch"], state["scale"], arch, scale, channels)
         duals = state.get("duals")
         arch, scale, widths, state = (state[k] for k in ("arch", "scale", "widths", "model"))
@@ -149,8 +207,9 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         with torch.device("meta"):
             widths = read_channels(channels, len(build(arch, scale).widths))
     try:
-        model = build(arch, scale, widths)
-        official = load_state(model, state)
+        model = own.build(source, widths) if source else build(arch, scale, widths)
+        # a file of the user's own network knows no wrapper
+        official = load_state(model.net if model.source and not ours else model, state)
     except ValueError as error:
         source = f"{path} with {channels}" if channels else path
         raise ValueError(f"{source}: {error}") from error

@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from narrow import gone, without
+from pairs import find_pairs
 from replay import advance, ahead_of, by_module, called_once, collecting, replaying, run_to
 from search import Search, decision, importance, search
 from widths import (
@@ -46,8 +48,8 @@ from widths import (
 )
 
 __all__ = ["FRACTIONS", "Budget", "Search", "budget_ratio", "candidates", "cut", "decision",
-           "fit_budget", "importance", "search", "select", "silence", "uniform_widths", "widen",
-           "widenings"]
+           "find_pairs", "fit_budget", "importance", "search", "select", "silence",
+           "uniform_widths", "widen", "widenings"]
 
 
 # ---- select: which channels ---------------------------------------------------------------------
@@ -150,8 +152,8 @@ def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], ra
     tuned = [p.requires_grad_() for p in weights + biases]
     pretrained = [w.detach().clone() for w in weights]
     masks = [torch.zeros_like(p) for p in weights] + [torch.ones_like(p) for p in biases]
-    for weight in weights:
-        weight.data.zero_()
+    for weight, (_, columns) in zip(weights, pair.consumers):
+        weight.data[:, columns.flatten().to(weight.device)] = 0
     order = []
     rounds = []
     last_pass = None
@@ -229,10 +231,8 @@ def silence(model: nn.Module, pair, kept: list[int]) -> None:
     gone = sorted(set(range(pair.width)) - set(kept))
     for layer, rows in pair.producers:
         module = model.get_submodule(layer)
-        at = rows[gone].flatten().to(module.weight.device)
-        module.weight[at] = 0
-        if module.bias is not None:
-            module.bias[at] = 0
+        for p in module.parameters(recurse=False):               # weight and bias
+            p[rows[gone].flatten().to(p.device)] = 0
 
 
 # ---- cut: remove the others ---------------------------------------------------------------------
@@ -247,19 +247,13 @@ def cut(model: nn.Module, kept: dict[str, list[int]], calibration: list | None =
     state = model.state_dict()
     index = {}
     for pair in model.pairs():
-        chosen = torch.tensor(sorted(kept.get(pair.name, range(pair.width))))
-        index[pair.name] = chosen
-        # The tables are channel by channel; sorted, the rows come in the order of the layer again:
-        # q, k, v one after another, and in each the heads.
-        for layer, rows in pair.producers:
-            at = rows[chosen].flatten().sort().values
-            for name in (f"{layer}.weight", f"{layer}.bias"):
-                if name in state:
-                    state[name] = state[name][at.to(state[name].device)]
-        for layer, columns in pair.consumers:
-            at = columns[chosen].flatten().sort().values
-            name = f"{layer}.weight"
-            state[name] = state[name][:, at.to(state[name].device)]
+        index[pair.name] = torch.tensor(sorted(kept.get(pair.name, range(pair.width))))
+    for dim, layers in enumerate(gone(model.pairs(), index)):
+        for layer, at in layers.items():
+            of_rows = ("weight", "bias", "running_mean", "running_var")
+            for name in of_rows if dim == 0 else ("weight",):
+                if f"{layer}.{name}" in state:
+                    state[f"{layer}.{name}"] = without(state[f"{layer}.{name}"], at, dim)
     if calibration:
         state |= refitted_norms(model, index, calibration[0].images[1])
     widths = {pair.name: pair.heads * len(index[pair.name]) for pair in model.pairs()}

@@ -149,3 +149,28 @@ def advance(network: nn.Module, block: str, batch, stored: dict, once: set[str])
             elif in_chain and other.rpartition(".")[0] == parent:
                 stored[other] = None         # it is still not to be run
         stored[name] = output
+
+
+@torch.no_grad()
+def can_replay(network: nn.Module, blocks: list[str], batch) -> bool:
+    """Whether replayed blocks leave the output of a network as it is, of which nobody knows that it
+    keeps the rules (backbones/base.py). Some five of the blocks are tried, the last one, too.
+    """
+    def images():
+        return list(network(batch.images[1]).images.values())
+
+    network.eval()
+    once = called_once(network, batch.images[1])
+    wanted = images()
+    stored = {}
+    blocks = list(dict.fromkeys(blocks))
+    for block in blocks[::-1][::1 + len(blocks) // 5][::-1]:
+        try:
+            advance(network, block, batch, stored, once)
+            with replaying(by_module(network, stored)):
+                found = images()
+        except (AttributeError, TypeError, ValueError, RuntimeError):    # it met a None
+            return False
+        if not all(torch.equal(a, b) for a, b in zip(found, wanted)):
+            return False
+    return True

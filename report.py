@@ -31,6 +31,7 @@ import evaluate
 import kernels
 import latency
 import models
+import own
 import page
 from crops import comparison
 from run import Run, WrongUsage, command, read_checkpoint, usable_device, write_file
@@ -291,6 +292,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE",
         help="the page that compares several (default compare.html); one run has its report.html")
     add("--force", action="store_true", help="overwrite FILE, whatever it is")
+    add("--network", metavar="FILE.py:CLASS",
+        help="for runs of a network of your own; the file is run")
     add("--test", metavar="DIR", help="measure on these pictures (default: for one run those of "
         "its last report, for several the eight photographs of scikit-image)")
     add("--kernels", choices=("torch", "triton"),
@@ -309,6 +312,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     kernels.choose(args.kernels)
+    if args.network:
+        own.open_file(args.network)
     if args.single:
         rebuild(args.paths[0], args.test, args.device)
         return

@@ -88,7 +88,7 @@ class Search:
         self.second_order = second_order
         self.pairs = model.pairs()
         self.candidates = [candidates(pair.width, ratio, multiple) for pair in self.pairs]
-        self.weights = [*model.parameters(), *extra]
+        self.weights = [p for p in (*model.parameters(), *extra) if p.requires_grad]
         device = self.weights[0].device
         self.alphas = []
         for _ in self.pairs:
@@ -112,6 +112,7 @@ class Search:
             m = self.factors(pair, alpha, options)
             for layer, columns in pair.consumers:
                 weight = self.model.get_submodule(layer).weight            # (out, in, ...)
+                weight = result.get(f"{layer}.weight", weight)   # a dense block: several pairs' own
                 of_column = m.repeat_interleave(columns.shape[1])    # attention: j of every head
                 scale = m.new_ones(weight.shape[1])
                 scale = scale.index_copy(0, columns.flatten().to(m.device), of_column)

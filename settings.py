@@ -28,6 +28,9 @@ class Settings:
     """
     # what is to be made; these come from the flags
     arch: str = ""                    # the network, one of models.PRESETS
+    network: str | None = None        # FILE.py:CLASS of the user's own (own.py), with its
+    network_args: str | None = None   # arguments,
+    range: float | None = None        # and the largest value of its images
     scale: int = 4                    # upscaling factor
     preset: str = ""                  # quick, default or paper: where the numbers below come from
     prune: float = 0.0                # R in [0, 1): the widest candidate of a layer keeps 1 − R of
@@ -138,3 +141,7 @@ PRESETS["dcls", "quick"] = replace(    # the blur kernel takes 31 of 32 low-reso
     PRESETS["drn", "quick"], patch=128, batch=2, clip=1.0, search_steps=8, search_patch=128,
     search_batch=1, search_rate=1e-5, search_decay=0.0, search_clip=0.1,
     select_patch=128, select_batch=1, select_rate=1e-5, tune_rate=5e-5)
+# Networks of the user's own (own.py). Their losses are in 0..255, as DRN's.
+PRESETS["own", "paper"] = PRESETS["drn", "paper"]
+PRESETS["own", "default"] = PRESETS["drn", "default"]
+PRESETS["own", "quick"] = replace(PRESETS["drn", "quick"], steps=400, rate=1e-3, tune_steps=150)

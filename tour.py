@@ -16,51 +16,42 @@ import dual
 import evaluate
 import fitting
 import models
+import own
 import prune
 import report
-from backbones.base import SR, Backbone, Upsample, conv, plain_pair
 from settings import PRESETS
 
 
-# ---- an own backbone: all that the project must know of a network (backbones/base.py) -----------
+# ---- a network as you may have one: it knows nothing of this project ----------------------------
 class Block(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
 
 
-class EDSR(Backbone):
+class EDSR(nn.Module):
     """Lim et al. 2017 (arXiv 1707.02921), here added to bicubic: that needs less training."""
-    rgb_range = 255.0                           # it computes, and has its losses, in 0..255
-    float32 = ("tail",)                         # in bfloat16 all but the layers that form the image
+    def __init__(self, scale, feats, blocks):
+        super().__init__()
+        def conv(inputs, outputs):
+            return nn.Conv2d(inputs, outputs, 3, padding=1)
 
-    def __init__(self, arch, scale, feats, blocks, widths=None):
-        super().__init__(dict(arch=arch, scale=scale, feats=feats, blocks=blocks), widths)
-        body = [Block(conv(feats, n), nn.ReLU(), conv(n, feats)) for n in self.widths.values()]
         self.head = conv(3, feats)
+        body = [Block(conv(feats, feats), nn.ReLU(), conv(feats, feats)) for _ in range(blocks)]
         self.body = nn.Sequential(*body, conv(feats, feats))
-        self.tail = nn.Sequential(Upsample((feats, feats, scale)), conv(feats, 3))
+        self.tail = nn.Sequential(conv(feats, feats * scale**2), nn.PixelShuffle(scale),
+                                  conv(feats, 3))
         self.bicubic = nn.Upsample(scale_factor=scale, mode="bicubic")
-        self.dual_spec = ((scale, 1, 16),)      # one dual, from ×2 down to ×1, 16 channels wide
 
-    def forward(self, low):                     # (N, 3, H, W) in 0..1 -> {2: (N, 3, 2H, 2W)}
-        x = self.head((255 * low).to(self.head.weight.dtype))
-        x = self.tail((x + self.body(x)).to(self.tail[1].weight.dtype))
-        return SR({self.scale: self.bicubic(low) + x / 255})
-
-    @classmethod
-    def hidden_widths(cls, arch, scale, feats, blocks):
-        return {f"block{b}": feats for b in range(blocks)}
-
-    def pairs(self):                            # what may be pruned: between a block's two layers
-        return [plain_pair(name, f"body.{b}", width, f"body.{b}.0", f"body.{b}.2")
-                for b, (name, width) in enumerate(self.widths.items())]
+    def forward(self, low):                     # (N, 3, H, W) in 0..255 -> (N, 3, 2H, 2W)
+        x = self.head(low)
+        return self.bicubic(low) + self.tail(x + self.body(x))
 
 
-# Two entries make it known: its sizes, and its settings. Put yours into models.py and settings.py,
-# where all commands find them: python train.py --arch edsr --scale 2 --prune 0.4 --preset quick
-models.PRESETS["edsr"] = (EDSR, {2: dict(feats=16, blocks=4)})
-PRESETS["edsr", "quick"] = S = replace(
-    PRESETS["drn", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3, search_steps=12,
+# A file and a flag are enough for all commands: python train.py --network tour.py:EDSR
+# --network-args scale=2,feats=16,blocks=4 --range 255 --prune 0.4; here the same from Python.
+NETWORK = own.Given(f"{__file__}:EDSR", "scale=2,feats=16,blocks=4", 255.0)
+S = replace(
+    PRESETS["own", "quick"], pictures=12, side=256, batch=8, steps=600, rate=4e-3, search_steps=12,
     search_rate=1e-4, alpha_rate=0.1, select_rate=5e-5, tune_steps=120, tune_rate=5e-4)
 
 
@@ -82,13 +73,18 @@ train on "dead leaves", pictures drawn from a seed: first without the dual (λ =
     batches = partial(data.batches, pictures, S.patch, S.batch, S.seed)
     photograph = data.photographs((1, 2))[:1]
     rows = {"bicubic": evaluate.evaluate(lambda low: data.imresize(low, 2), photograph)}
+    arch, scale, found = models.add_own(NETWORK)                # looks at the network, see own.py
     for name, weight in ("without dual", 0), ("dense", 0.1):       # the second is used further on
         torch.manual_seed(S.seed)
-        model = models.build("edsr", 2)
+        model = models.build(arch, scale)
         duals = dual.make_duals(model)
-        loss_fn = partial(dual.native_loss, duals=duals, weight=weight, rgb_range=EDSR.rgb_range)
+        loss_fn = partial(dual.native_loss, duals=duals, weight=weight, rgb_range=model.rgb_range)
         fit(model, duals, batches(), loss_fn, S.steps, S.rate)
         rows[name] = evaluate.evaluate(model, photograph)
+    print(f"""
+What may be pruned was not declared, but found, and tried: between the layers on the left and right
+of an arrow, which may lose channels if nothing else takes these in (pairs.py):
+{found}""")
     print("""
 2 SEARCH (Section 4.1; search.py): how many channels each layer keeps. It may get one of six widths,
 with the chances softmax(α). A width n means the n channels of largest L1 norm, so channel j is
@@ -113,13 +109,13 @@ weights back, all that are back are tuned, and so on. Block 0 (loss: L_DR + dist
     selected = copy.deepcopy(model)
     kept = prune.select(selected, [next(stream), next(stream)], loss_fn, searcher.widths(),
                         rate=S.select_rate, on_pair=lambda _, __, of_pair: rounds.append(of_pair))
-    for channel, (loss, [score]) in zip(kept["block0"], rounds[0]):
+    for channel, (loss, [score]) in zip(kept["body.0.0"], rounds[0]):
         print(f"loss {loss:6.1f}, largest gradient {score:7.1f}: channel {channel}")
     print("""
 4 CUT (prune.py): the others go, rows of the layer that makes them, columns of the one that takes
 them in; what the network computes stays the same. The two layers of block 0, and the whole:""")
     smaller = prune.cut(selected, kept)
-    for name in ("body.0.0.weight", "body.0.2.weight"):
+    for name in ("net.body.0.0.weight", "net.body.0.2.weight"):
         print(name, model.get_parameter(name).shape, "->", smaller.get_parameter(name).shape)
     print(evaluate.count(model, 96, 96), "->", evaluate.count(smaller, 96, 96))
     rows["cut"] = evaluate.evaluate(smaller, photograph)
@@ -134,7 +130,7 @@ them in; what the network computes stays the same. The two layers of block 0, an
     axes["m"].bar(range(16), before, color="lightgrey")
     axes["m"].bar(range(16), after, 0.4)
     for name, network in dict(dense=model, selected=selected, cut=smaller).items():
-        weight = network.body[0][2].weight.norm(dim=(2, 3)).detach()     # a number per 3×3 filter
+        weight = network.net.body[0][2].weight.norm(dim=(2, 3)).detach()     # a number a filter
         axes[name].imshow(weight, cmap="Blues", vmin=0)
         axes[name].set(title=f"{name}: a column a channel", xticks=range(0, weight.shape[1], 2))
     axes["crops"].imshow(report.comparison(rows, photograph, scale=2))

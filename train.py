@@ -109,8 +109,8 @@ def train(run: Run, settings: Settings, device, pictures, photographs=None) -> d
         model, duals, complete = pretrained(settings)
         further = settings.continue_training
         model.train(further)
-        model.requires_grad_(further)
         if not further:
+            model.requires_grad_(False)
             needed = settings.dual_weight and not complete
             steps = settings.dual_steps if needed else 0
     else:
@@ -336,7 +336,7 @@ def select_and_cut(run: Run, settings: Settings, device, pictures, dense: dict,
         kept = prune.select(
             model, calibration, native_loss(settings, model, duals), widths,
             rate=settings.select_rate, per_round=settings.per_round, reuse=settings.reuse,
-            original=original, done=selection.kept, on_pair=on_pair)
+            replay=model.replays, original=original, done=selection.kept, on_pair=on_pair)
     smaller = prune.cut(model, kept, calibration)
     return run.finish("select", dict(models.checkpoint(smaller, duals), kept=kept), started)
 
@@ -385,6 +385,8 @@ def main() -> None:
     run = Run(args.run, asdict(settings))
     kernels.remember_in(run.folder / "kernels.json")
     print(flags.headline(args, settings, using))
+    if args.found:
+        print(args.found)
 
     # weights that cannot be used are rejected now, not after hours of work
     if settings.pretrained and not run.has("train.pt"):

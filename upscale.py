@@ -31,8 +31,9 @@ import data
 import graphs
 import kernels
 import models
+import own
 from files import FORMATS, Header, Job, check_size, look, make_folders, plan
-from run import WrongUsage, at_least, command, explain, usable_device
+from run import WrongUsage, at_least, command, explain, positive, usable_device
 
 OVERLAP = 32                 # LR pixels of context around a tile: networks hardly see further
 ALIGN = 32                   # tiles start at multiples of it: it is a multiple of every window
@@ -244,7 +245,21 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
     add("--channels", metavar="FILE",
         help="channel numbers of an official pruned file, one integer per line")
+    add_own(add)
     add("--bicubic", action="store_true", help="no network: MATLAB's bicubic alone")
+
+
+def add_own(add: Callable) -> None:
+    """The flags of a network of the user's own, shared with train.py."""
+    add("--network", metavar="FILE.py:CLASS", help="a network of your own; the file is run")
+    add("--network-args", metavar="NAME=VALUE,...", help="what its constructor takes")
+    add("--range", type=positive, metavar="F",
+        help="largest value of its images (default: 1 or 255, whichever suits its weights)")
+
+
+def own_network(args: argparse.Namespace) -> own.Given | None:
+    """What --network and its companions say; None without it."""
+    return own.Given(args.network, args.network_args, args.range) if args.network else None
 
 
 def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
@@ -266,6 +281,10 @@ def check_network(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """Refuses flags that do not go together."""
     if args.weights and args.bicubic:
         parser.error("--weights and --bicubic exclude each other")
+    if (args.network_args or args.range) and not args.network:
+        parser.error("--network-args and --range belong to --network FILE.py:CLASS")
+    if args.network and (args.arch or args.precision == "bf16"):
+        parser.error("--network takes no --arch, and runs in float32")
     if args.bicubic and not args.scale:
         parser.error("--bicubic needs --scale")
     if args.arch and not args.weights and not args.bicubic:
@@ -321,7 +340,8 @@ def main() -> None:
     model = duals = None
     scale = args.scale
     if args.weights:
-        model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels)
+        model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels,
+                                              own_network(args))
         scale = model.scale
         if args.consistency:
             duals = consistency.load_duals(args.weights, model, states).to(args.device)

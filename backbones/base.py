@@ -2,8 +2,9 @@
 
 A backbone is a super-resolution network. The rest of the project (dual.py, prune.py, train.py,
 upscale.py, evaluate.py) knows it only through the class `Backbone` below: it maps a low-resolution
-image to an `SR`, and it names its `Pair`s, the hidden widths that may be pruned. `tour.py` writes
-one in about 30 lines. The docstring of `Backbone` lists the traps.
+image to an `SR`, and it names its `Pair`s, the hidden widths that may be pruned. The docstring of
+`Backbone` lists the traps. (Your own network need not be one: own.py wraps any nn.Module, and
+pairs.py finds what may be pruned. The backbones here say it themselves, as the paper chose it.)
 
 Not here: losses, pruning, files, devices. Read search.py next.
 """
@@ -59,7 +60,7 @@ def plain_pair(name: str, block: str, width: int, producer: str, *consumers: str
 
 
 class Backbone(nn.Module, ABC):
-    """The base of all backbones; tour.py shows the smallest one.
+    """The base of all backbones; drn.py is one to begin with, own.py the smallest.
 
     A subclass passes its sizes as `config` to this constructor, builds its layers with the hidden
     widths in `self.widths`, and defines `forward`, `pairs`, `hidden_widths` and `dual_spec`
@@ -88,6 +89,8 @@ class Backbone(nn.Module, ABC):
     madds_count_bias = False         # whether the paper's MAdds count an addition for each bias
     float32: tuple[str, ...] = ()    # submodules that stay float32 when the rest is bfloat16
     kernel_size = 0                  # side of the blur kernel it estimates; 0: it is not blind
+    source: dict | None = None       # what a network of the user's own is rebuilt from, see own.py
+    replays = True                   # whether selection may replay finished blocks of it
     feature = ""                     # module whose input distillation compares (student and teacher
     #                                  may differ in width); "": it compares the images
     # The duals of this backbone, (from scale, to scale, hidden channels) each. Their width is the

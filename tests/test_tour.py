@@ -7,19 +7,20 @@ import torch
 from PIL import Image
 
 import models
+import own
 import prune
 import train
-from settings import PRESETS
+from small_runs import photo
 from tiny import ROOT, parameters, run_command
 
 
 @pytest.fixture
-def edsr():
+def network(monkeypatch):
     """The tour's network, known to the tables for one test only."""
-    sys.modules.pop("tour", None)
-    import tour
-    yield tour.EDSR
-    del models.PRESETS["edsr"], PRESETS["edsr", "quick"]
+    monkeypatch.setattr(own, "opened", {})
+    monkeypatch.setattr(models, "PRESETS", dict(models.PRESETS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return f"{ROOT / 'tour.py'}:EDSR"
 
 
 def test_the_tour_runs_and_writes_its_picture(tmp_path):
@@ -40,40 +41,31 @@ def test_the_tour_runs_and_writes_its_picture(tmp_path):
     assert Image.open(tmp_path / "tour.png").width > 1000
 
 
-def test_the_own_backbone_is_cut_without_a_change(edsr):
-    model = models.build("edsr", 2).eval()
+def test_the_network_is_cut_without_a_change(network):
+    given = own.Given(network, "scale=2,feats=16,blocks=4", 255.0)
+    model = models.build(*models.add_own(given)[:2]).eval()
+    assert list(model.widths) == [f"body.{b}.0" for b in range(4)] + ["tail.0"]
     kept = {pair.name: [1, 4, 5] for pair in model.pairs()}
     low = torch.rand(1, 3, 12, 12)
     for pair in model.pairs():
-        prune.silence(model, pair, kept[pair.name])
+        gone = sorted(set(range(16)) - {1, 4, 5})
+        [(layer, columns)] = pair.consumers
+        model.get_submodule(layer).weight.data[:, columns[gone].flatten()] = 0
     smaller = prune.cut(model, kept)
     with torch.no_grad():
         assert torch.allclose(model(low).images[2], smaller(low).images[2], atol=1e-6)
 
 
-def test_the_own_backbone_runs_in_bfloat16(edsr):
-    """The largest error is 1.3 to 2.9 % of what it adds to bicubic, with the random weights of six
-    seeds; a rounding is up to 2⁻⁸ = 0.4 %, and ten layers round weights, sums and outputs.
-    """
-    model = models.build("edsr", 2)
-    fast = models.inference(model, "bf16")
-    assert fast.body[0][0].weight.dtype == torch.bfloat16
-    assert fast.tail[1].weight.dtype == torch.float32
-    low = torch.rand(1, 3, 12, 12)
-    image = fast(low).images[2]
-    exact = models.inference(model)(low).images[2]
-    assert image.dtype == torch.float32
-    added = exact - model.bicubic(low)
-    assert 0 < (image - exact).abs().max() < 0.04 * added.std()
-
-
-def test_the_own_backbone_goes_through_all_stages(edsr, tmp_path, monkeypatch, capsys):
+def test_the_network_goes_through_all_stages(network, tmp_path, monkeypatch, capsys):
+    """The command that tour.py names, with fewer steps."""
     folder = tmp_path / "run"
+    (tmp_path / "pictures").mkdir()
+    photo(48).save(tmp_path / "pictures" / "one.png")
     code, _, errors = run_command(
-        train, monkeypatch, capsys, "--arch", "edsr", "--scale", 2, "--preset", "quick", "--prune",
-        0.4, "--steps", 2, "--search-steps", 1, "--tune-steps", 1, "--pictures", 4, "--batch", 1,
-        "--device", "cpu", "--run", folder)
+        train, monkeypatch, capsys, "--network", network, "--network-args",
+        "scale=2,feats=16,blocks=4", "--range", 255, "--prune", 0.4, "--preset", "quick", "--steps",
+        2, "--search-steps", 1, "--tune-steps", 1, "--pictures", 4, "--batch", 1, "--device", "cpu",
+        "--test", tmp_path / "pictures", "--run", folder)
     assert code == 0, errors
     dense, pruned = (models.load(folder / f"{stage}.pt") for stage in ("train", "tune"))
     assert parameters(pruned) < parameters(dense)
-    assert isinstance(pruned, edsr)
