@@ -20,11 +20,12 @@ TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "assets").glob("
 NETWORKS = {"kernels", "backbones", "models", "zoo"}
 PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
 MAY_IMPORT = {
-    "run": set(),
+    "parallel": set(),
+    "run": {"parallel"},
     "download": set(),
     "zoo": {"download"},
     "settings": set(),
-    "fitting": {"settings"},
+    "fitting": {"settings", "parallel"},
     # the method
     "dual": set(),
     "widths": set(),
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones", "download"},
     "cache": {"data"},
-    "gather": {"cache", "data", "files"},
+    "gather": {"cache", "data", "files", "parallel"},
     "unpaired": PICTURES | {"backbones"},
     # the commands
     "graphs": set(),
@@ -54,9 +55,9 @@ MAY_IMPORT = {
     "charts": set(),
     "page": PICTURES | {"crops", "charts"},
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "page"},
-    "flags": NETWORKS | {"data", "prune", "settings"},
+    "flags": NETWORKS | {"data", "parallel", "prune", "settings"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
-                                    "fitting", "flags", "gather", "settings",
+                                    "fitting", "flags", "gather", "parallel", "settings",
                                     "unpaired"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
