@@ -2,7 +2,8 @@
 
 Training and fine-tuning (stages 2 and 5 of train.py) are the same loop with another loss. What it
 adds to a textbook's five lines: a learning rate that changes with the step, clipped gradients, a
-moving average of the weights, batches in several parts, and bfloat16 where it pays.
+moving average of the weights, batches in several parts, processes that share them (parallel.py),
+and bfloat16 where it pays.
 
 bfloat16 has the range of float32 and 8 bits of precision. With `precision="bf16"` PyTorch's
 autocast computes products (convolutions, linear layers, attention) in it, while the weights, the
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import parallel
 from run import Run
 from settings import Settings
 
@@ -26,7 +28,7 @@ def fit(run: Run, stage: str, settings: Settings, model: nn.Module, duals: nn.Mo
         rate: float, loss_fn: Callable, batches: Callable) -> nn.Module:
     """Minimises loss_fn(output, batch) by Adam, over the parameters that require gradients.
 
-    batches: the step to start with -> generator of batches. Returns the model, or the moving
+    batches: the step to start with -> generator of whole batches. Returns the model, or the moving
     average of its weights where the settings ask for one.
     """
     if settings.compile:
@@ -37,23 +39,29 @@ def fit(run: Run, stage: str, settings: Settings, model: nn.Module, duals: nn.Mo
     if settings.ema:
         average = get_ema_multi_avg_fn(settings.ema)
         parts["ema"] = AveragedModel(model, multi_avg_fn=average)
+    parallel.join_norms(model)
 
     def one_step(k, batch):
         optimiser.param_groups[0]["lr"] = scheduled(settings, rate, k, steps)
         optimiser.zero_grad()
-        loss = 0.0
+        parallel.seed(settings.seed, k)
+        losses = []
         for part in divided(batch, settings.accumulate):
-            with autocast(settings, part.images[1].device):
-                out = model(part.images[1])
-            share = len(part.images[1]) / len(batch.images[1])
-            part_loss = share * loss_fn(out, part)
-            part_loss.backward()
-            loss += part_loss.item()
+            count = len(part.images[1])
+            share = count / len(batch.images[1]) * parallel.share(count)
+            own = parallel.own(part)
+            with autocast(settings, own.images[1].device):
+                out = model(own.images[1])
+            loss = share * loss_fn(out, own)
+            loss.backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        parallel.add_up([loss, *parallel.gradients(weights)])
         nn.utils.clip_grad_norm_(weights, settings.clip)
         optimiser.step()
         if settings.ema:
             parts["ema"].update_parameters(model)
-        return loss
+        return loss.item()
 
     # calls one_step(k, batch) for every step, and saves `parts` every 20 seconds
     run.repeat(stage, steps, one_step, batches, parts)

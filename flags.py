@@ -16,6 +16,7 @@ from torch import nn
 import data
 import models
 import own
+import parallel
 import prune
 from run import WrongUsage, number, positive, usable_device
 from settings import PRESETS, Settings
@@ -201,6 +202,7 @@ def settle(args: argparse.Namespace) -> Settings:
     if settings.budget and not settings.prune:
         settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
     check(settings, network)
+    check_shares(settings, args.device.type == "cuda")
     return settings
 
 
@@ -266,6 +268,22 @@ def check_unpaired(settings: Settings, network: nn.Module) -> None:
         raise WrongUsage("--unpaired adapts --pretrained weights by training them: add --steps N")
 
 
+def check_shares(settings: Settings, gpu: bool) -> None:
+    """WrongUsage: batches that cannot be shared out to the processes there are (parallel.py).
+
+    On GPUs the shares must be equal: the processes choose their kernels together, by size.
+    """
+    n = parallel.world()
+    parts = [len(x) for x in torch.empty(settings.batch).chunk(settings.accumulate)]
+    if min(parts) < n:
+        raise WrongUsage(f"--batch {settings.batch} in {settings.accumulate} part(s) is too small "
+                         f"for {n} processes: each needs a patch of every part")
+    for count in (*parts, settings.search_batch, settings.select_batch):
+        if gpu and count > n and count % n:
+            raise WrongUsage(f"{count} patches do not divide equally among {n} GPUs: give a "
+                             f"--batch that does (search and selection take no larger one)")
+
+
 def fitted(settings: Settings, patch: int | None, batch: int | None) -> Settings:
     """The settings with patches that are multiples of the scale, and that fit into memory.
 
@@ -316,5 +334,7 @@ def headline(args: argparse.Namespace, settings: Settings, using: str) -> str:
     place = f"{torch.get_num_threads()} CPU threads"
     if gpu:
         place = torch.cuda.get_device_name(args.device)
+    if parallel.world() > 1:
+        place = f"{parallel.world()} processes, each with {place}"
     return (f"{settings.arch} x{settings.scale} on {place}, preset {settings.preset} ({why}), "
             f"{using}, run folder {args.run}")

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from cache import Entries, Source, attempt, folder_of, known, open_cache, processors
 from data import Files, Load, Pictures, ahead, check_match, decode, list_folder
 from files import MAX_PIXELS, look
+from parallel import is_main
 from run import has_work, progress, write_file
 
 CACHE = Path("runs", ".cache")       # where decoded pictures go, unless --cache says otherwise
@@ -105,7 +106,8 @@ def training_pictures(folder: str, scales: Sequence[int], wishes: Wishes, run: P
     files = list_folder(folder, scales, wishes.degradation)
     sources, broken = survey(files, wishes.patch)
     at_hand = {source[:2]: i for i, source in enumerate(sources)}
-    record = read_record(run) if has_work(run) else None
+    # of several processes (parallel.py) the others begin with what the first one found
+    record = read_record(run) if has_work(run) or not is_main() else None
     began = record["pictures"] if record else dict(source[:2] for source in sources)
     cache = choose_cache(wishes, record, sum(source.nbytes for source in sources))
     place = cache and folder_of(cache, folder, files.scales, files.degradation)
@@ -199,7 +201,8 @@ def check(run: Path, folder: str, cache: Path | None, began: dict[str, str],
     """
     record = dict(folder=str(folder), cache=cache and str(cache.resolve()), broken=broken,
                   pictures=began)
-    write_file(run / RECORD, json.dumps(record, indent=1).encode())
+    if is_main():
+        write_file(run / RECORD, json.dumps(record, indent=1).encode())
     if not broken or (not strict and len(broken) <= TOLERATED * len(began)):
         return
     reasons = list(broken.values())

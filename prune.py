@@ -56,7 +56,7 @@ __all__ = ["FRACTIONS", "Budget", "Search", "budget_ratio", "candidates", "cut",
 def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[str, int], *,
            rate: float, per_round: int = 1, reuse: bool = False, replay: bool = True,
            original: nn.Module | None = None, done: dict[str, list[int]] | None = None,
-           on_pair: Callable | None = None) -> dict[str, list[int]]:
+           on_pair: Callable | None = None, reduce: Callable = list) -> dict[str, list[int]]:
     """Channel pruning (Section 4.2, Algorithm 2): which `widths[name]` channels each pair keeps.
 
     The pairs are worked on one after another; earlier ones are masked and tuned already, later ones
@@ -72,6 +72,8 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
     done         {name: order} of pairs that `model` has behind it: continues a stopped selection
     on_pair      called after each pair with (pair, all that is kept so far, its rounds: for each
                  the loss before it and the scores of the channels that it took)
+    reduce       every loss and its gradients, a list of tensors, pass through it; processes that
+                 share the batches average there (parallel.py)
     Returns {pair name: kept channels, in the order of selection}.
     """
     original = original or copy.deepcopy(model)
@@ -88,7 +90,8 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
                 continue
             losses = [loss_of(case, model, original, pair, loss_fn, replay) for case in cases]
             n = widths[pair.name] // pair.heads
-            kept[pair.name], rounds = select_pair(model, pair, n, losses, rate, per_round, reuse)
+            kept[pair.name], rounds = select_pair(model, pair, n, losses, rate, per_round, reuse,
+                                                  reduce)
             silence(model, pair, kept[pair.name])
             if on_pair:
                 on_pair(pair, kept, rounds)
@@ -138,7 +141,7 @@ def pair_loss(model: nn.Module, pair, batch, stored: list[tuple], targets: list[
 
 
 def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], rate: float,
-                per_round: int, reuse: bool) -> tuple[list[int], list[tuple]]:
+                per_round: int, reuse: bool, reduce: Callable) -> tuple[list[int], list[tuple]]:
     """Greedy selection of n channels of one pair (Algorithm 2).
 
     The consumer's weight starts from zero. Each round scores the channels that are not selected,
@@ -159,7 +162,7 @@ def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], ra
     last_pass = None
     while len(order) < n:
         if last_pass is None or not reuse:
-            last_pass = one_pass(batch_losses, tuned)
+            last_pass = one_pass(batch_losses, tuned, reduce)
         gradients, loss = last_pass
         score = channel_scores(gradients, pair)
         score[order] = -1                    # they are in already
@@ -172,15 +175,15 @@ def select_pair(model: nn.Module, pair, n: int, batch_losses: list[Callable], ra
         order += chosen.tolist()
         # as in the release, a new optimiser: the momentum starts anew in each round
         optimiser = torch.optim.SGD(tuned, rate, momentum=0.9, nesterov=True)
-        last_pass = one_pass(batch_losses, tuned, masks, optimiser)
+        last_pass = one_pass(batch_losses, tuned, reduce, masks, optimiser)
     for p in tuned:
         p.requires_grad_(False)
         p.grad = None
     return order, rounds
 
 
-def one_pass(batch_losses: list[Callable], tuned: list[Tensor], masks: list[Tensor] | None = None,
-             optimiser=None) -> tuple[list[Tensor], float]:
+def one_pass(batch_losses: list[Callable], tuned: list[Tensor], reduce: Callable,
+             masks: list[Tensor] | None = None, optimiser=None) -> tuple[list[Tensor], float]:
     """(gradients summed over the batches, also where a channel is masked; the mean loss).
 
     With an optimiser, one step per batch of what the masks let through.
@@ -190,8 +193,9 @@ def one_pass(batch_losses: list[Callable], tuned: list[Tensor], masks: list[Tens
     for batch_loss in batch_losses:
         loss = batch_loss()
         gradients = torch.autograd.grad(loss, tuned)
+        loss, *gradients = reduce([loss.detach(), *gradients])
         torch._foreach_add_(total, gradients)
-        losses.append(loss.detach())
+        losses.append(loss)
         if optimiser:
             for p, gradient, mask in zip(tuned, gradients, masks):
                 p.grad = gradient * mask

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import parallel
+
 SAVE_SECONDS = 20                    # at most this much work is lost to kill -9
 
 
@@ -45,11 +47,13 @@ def command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         sentence = explain(error)
+        # wrong flags are wrong in all processes: one of them says so
+        who = "" if isinstance(error, WrongUsage) else parallel.audible()
         if sentence is None:
             raise
         if sys.flags.dev_mode:
             traceback.print_exc()
-        print("error:", sentence, file=sys.stderr)
+        print(f"error: {who}{sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, WrongUsage) else 1)
 
 
@@ -155,26 +159,33 @@ class Run:
 
     config: flat and fit for JSON, all that makes a run the same. WrongUsage: the folder holds work
     of another config. parts, below: {name: object with a state_dict}, all that a stage changes.
+
+    Of several processes (parallel.py) all read and only one writes; so they all must see the folder
+    and call the methods together.
     """
     def __init__(self, folder: Path, config: dict):
         self.folder = folder
         self.saved = time.monotonic()             # when progress.pt was last written
         check_config(folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob(".*.tmp"):        # what kill -9 left half written
-            rest.unlink()
-        if not has_work(folder) or not self.has("config.json"):
-            self.write_json("config.json", config)
+        if parallel.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            for rest in folder.glob(".*.tmp"):    # what kill -9 left half written
+                rest.unlink()
+            if not has_work(folder) or not self.has("config.json"):
+                self.write_json("config.json", config)
+        parallel.barrier()
 
     def write(self, name: str, content: dict) -> None:
         """Writes a file of torch.save, in full or not at all."""
-        blob = io.BytesIO()
-        torch.save(content, blob)
-        write_file(self.folder / name, blob.getvalue())
+        if parallel.is_main():
+            blob = io.BytesIO()
+            torch.save(content, blob)
+            write_file(self.folder / name, blob.getvalue())
 
     def write_json(self, name: str, content: dict) -> None:
         """Likewise, of JSON."""
-        write_file(self.folder / name, json.dumps(content, indent=1).encode())
+        if parallel.is_main():
+            write_file(self.folder / name, json.dumps(content, indent=1).encode())
 
     def has(self, name: str) -> bool:
         """Whether the folder holds this file."""
@@ -182,10 +193,13 @@ class Run:
 
     def read(self, name: str) -> dict | None:
         """The content of a file of torch.save; None where there is no such file."""
-        return read_checkpoint(self.folder / name) if self.has(name) else None
+        found = parallel.from_main(lambda: self.has(name))     # one answer for all processes
+        return read_checkpoint(self.folder / name) if found else None
 
     def log(self, **line) -> None:
         """Appends a line to log.jsonl."""
+        if not parallel.is_main():
+            return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -195,12 +209,16 @@ class Run:
         started: time.monotonic() at its beginning; facts: more for its line in the log.
         """
         self.write(f"{stage}.pt", content)
-        (self.folder / "progress.pt").unlink(missing_ok=True)
+        if parallel.is_main():
+            (self.folder / "progress.pt").unlink(missing_ok=True)
         self.log(stage=stage, seconds=round(time.monotonic() - started, 1), **facts)
+        parallel.barrier()
         return content
 
     def save(self, stage: str, step: int, parts: dict) -> None:
         """Writes to progress.pt how many steps are done, with the parts and random states."""
+        if not parallel.is_main():
+            return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         states = {name: part.state_dict() for name, part in parts.items()}
         self.write("progress.pt", dict(stage=stage, step=step, random=torch.get_rng_state(),
@@ -210,6 +228,7 @@ class Run:
     def resume(self, stage: str, parts: dict) -> int:
         """Puts the saved state of this stage into `parts`; returns how many steps are done."""
         state = self.read("progress.pt")
+        parallel.barrier()           # all have read it before one of them writes it anew
         if state is None or state["stage"] != stage:
             return 0
         for name, part in parts.items():
@@ -224,16 +243,19 @@ class Run:
         """A stage that can be stopped and continued after every step, with a progress bar.
 
         Yields (steps done already, a function to call with the number of steps done after each
-        further one). That function raises KeyboardInterrupt when the user asks to stop.
+        further one). That function raises KeyboardInterrupt when the user asks to stop, in all
+        processes after the same step.
         """
         start = self.resume(stage, parts)
         with stop_signals() as stopped, progress(stage, steps, start, unit) as bar:
             def done(step: int, text: str = "") -> None:
                 bar.set_postfix_str(text, refresh=False)
                 bar.update()
-                if stopped or time.monotonic() - self.saved > SAVE_SECONDS:
+                stop = parallel.any_of(bool(stopped))
+                if stop or time.monotonic() - self.saved > SAVE_SECONDS:
                     self.save(stage, step, parts)
-                if stopped:
+                if stop:
+                    parallel.barrier()       # torchrun ends the others when the first one ends
                     raise KeyboardInterrupt
             yield start, done
 

@@ -74,10 +74,12 @@ class Search:
     def __init__(self, model: nn.Module, loss_fn: Callable, ratio: float, extra=(),
                  rate: float = 1e-4, decay: float = 3e-4, clip: float = 5.0,
                  alpha_rate: float = 3e-4, alpha_decay: float = 1e-3,
-                 second_order: bool = True, multiple: int = 4):
+                 second_order: bool = True, multiple: int = 4, reduce: Callable = list):
         """model and the parameters in `extra` (the duals of loss_fn) are trained along and are of
         no use afterwards: hand over copies. clip: largest norm of w's gradient. alpha_rate,
         alpha_decay: of the Adam that trains the α's. (The defaults are the release's for DRN.)
+        reduce: every loss and its gradients, a list of tensors, pass through it; processes that
+        share the batches average there (parallel.py).
         """
         model.eval()                         # every pass sees the same network
         self.model = model
@@ -86,6 +88,7 @@ class Search:
         self.decay = decay
         self.clip = clip
         self.second_order = second_order
+        self.reduce = reduce
         self.pairs = model.pairs()
         self.candidates = [candidates(pair.width, ratio, multiple) for pair in self.pairs]
         self.weights = [p for p in (*model.parameters(), *extra) if p.requires_grad]
@@ -126,11 +129,12 @@ class Search:
         out = torch.func.functional_call(self.model, self.scaled_weights(), (batch.images[1],))
         return self.loss_fn(out, batch)
 
-    def gradient(self, batch, tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def gradient(self, batch, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(loss, its gradient with respect to each tensor): one forward and one backward pass."""
         loss = self.loss(batch)
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-        return loss.detach(), gradients
+        loss, *gradients = self.reduce([loss.detach(), *gradients])
+        return loss, gradients
 
     @contextmanager
     def moved(self, directions, step: float):
@@ -155,7 +159,7 @@ class Search:
         direct = gradients[:len(self.alphas)]
         v = gradients[len(self.alphas):]
         if not self.second_order:
-            return loss, list(direct)
+            return loss, direct
         # Passes 3 and 4: α's gradient on both sides of w.
         epsilon = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
         with self.moved(v, epsilon):
@@ -187,7 +191,8 @@ class Search:
 
         (The release chooses by a test set.) Returns the loss.
         """
-        loss = sum(self.loss(batch).item() for batch in held_out) / len(held_out)
+        losses = self.reduce([self.loss(batch) for batch in held_out])
+        loss = sum(loss.item() for loss in losses) / len(held_out)
         if loss < self.best[0]:
             self.best = (loss, [alpha.detach().clone() for alpha in self.alphas])
         return loss

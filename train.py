@@ -37,6 +37,7 @@ import gather
 import kernels
 import latency
 import models
+import parallel
 import prune
 import report
 import unpaired
@@ -56,12 +57,14 @@ def open_data(run: Run, settings: Settings, args) -> data.Pictures:
         patch = settings.patch
         if settings.prune:
             patch = max(patch, settings.search_patch, settings.select_patch)
-        wishes = gather.Wishes(patch, int(args.memory * 2**30), args.cache, args.strict,
-                               settings.degradation)
-        return gather.training_pictures(settings.data, scales, wishes, run.folder)
+        memory = int(args.memory * 2**30 / parallel.world())
+        wishes = gather.Wishes(patch, memory, args.cache, args.strict, settings.degradation)
+        with parallel.main_first():      # it fills the cache
+            return gather.training_pictures(settings.data, scales, wishes, run.folder)
     side = settings.side
-    pictures = data.generate(settings.pictures, side, scales, settings.seed,
-                             degradation=settings.degradation)
+    pictures = parallel.from_main(
+        lambda: data.generate(settings.pictures, side, scales, settings.seed,
+                              degradation=settings.degradation))
     print(f"data      {len(pictures)} generated dead-leaves pictures of {side}x{side}")
     return pictures
 
@@ -79,7 +82,8 @@ def open_unpaired(settings: Settings, memory: float) -> data.Pictures | None:
     """The photographs without originals (unpaired.py), if there are any."""
     if not settings.unpaired:
         return None
-    photographs = unpaired.open_photographs(settings.unpaired, int(memory * 2**30))
+    limit = int(memory * 2**30 / parallel.world())
+    photographs = unpaired.open_photographs(settings.unpaired, limit)
     count = unpaired.alone(settings.batch, settings.unpaired_share)
     print(f"unpaired  {len(photographs)} photographs of {settings.unpaired}, {count} of the "
           f"{settings.batch} patches of a step")
@@ -190,7 +194,8 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
         model, native_loss(settings, model, duals), settings.prune, extra=duals.parameters(),
         rate=settings.search_rate, decay=settings.search_decay, clip=settings.search_clip,
         alpha_rate=settings.alpha_rate, alpha_decay=settings.alpha_decay,
-        second_order=not settings.first_order, multiple=settings.round)
+        second_order=not settings.first_order, multiple=settings.round,
+        reduce=partial(parallel.average, share=parallel.share(settings.search_batch)))
     budget = cost_limit(run, settings, device, model, searcher.sizes())
     if budget:
         searcher.widths(budget)      # one that cannot be met is refused now, not after the search
@@ -202,11 +207,11 @@ def search(run: Run, settings: Settings, device, pictures, dense: dict) -> dict:
     def both(start):
         with (closing(batches(pictures[:end_of_t], start)) as t,
               closing(batches(pictures[end_of_t:end_of_v], start)) as v):
-            yield from zip(t, v)
+            yield from zip(map(parallel.own, t), map(parallel.own, v))
 
     # the same few batches are looked at after every epoch
     with closing(batches(pictures[end_of_v:])) as source:
-        held_out = list(islice(source, 4))
+        held_out = [parallel.own(batch) for batch in islice(source, 4)]
 
     def one_step(k, t_and_v):
         loss, _ = searcher.step(*t_and_v)
@@ -261,7 +266,8 @@ def cost_limit(run: Run, settings: Settings, device, model,
         return None
     kind, part = settings.budget
     if kind == "latency":
-        table = latency.measure_pairs(model, sizes, device, run.folder / "latency.json")
+        table = parallel.from_main(
+            lambda: latency.measure_pairs(model, sizes, device, run.folder / "latency.json"))
         return latency.budget(table, part, sizes)
 
     def count(widths):
@@ -288,7 +294,8 @@ def in_time(searcher, model, budget: prune.Budget, settings: Settings,
             device) -> tuple[dict[str, int], dict]:
     """The widths that take the time of --budget latency=F, and what channels.json says of it."""
     part = settings.budget[1]
-    widths, timing = latency.fit(searcher.widths, model, budget, part, device)
+    widths, timing = parallel.from_main(
+        lambda: latency.fit(searcher.widths, model, budget, part, device))
     where = latency.device_name(device)
     print(f"latency   {timing.ratio:.3f} of the dense network's time, asked for were {part:g} "
           f"(spread {timing.ratio_spread:.3f}), on {where}")
@@ -334,9 +341,11 @@ def select_and_cut(run: Run, settings: Settings, device, pictures, dense: dict,
             count(len(kept))
 
         kept = prune.select(
-            model, calibration, native_loss(settings, model, duals), widths,
+            model, [parallel.own(batch) for batch in calibration],
+            native_loss(settings, model, duals), widths,
             rate=settings.select_rate, per_round=settings.per_round, reuse=settings.reuse,
-            replay=model.replays, original=original, done=selection.kept, on_pair=on_pair)
+            replay=model.replays, original=original, done=selection.kept, on_pair=on_pair,
+            reduce=partial(parallel.average, share=parallel.share(settings.select_batch)))
     smaller = prune.cut(model, kept, calibration)
     return run.finish("select", dict(models.checkpoint(smaller, duals), kept=kept), started)
 
@@ -375,11 +384,20 @@ def load_teacher(settings: Settings) -> nn.Module:
     return models.load(path, arch, settings.scale)
 
 
+def check_weights(run: Run, settings: Settings) -> None:
+    """Rejects given weights that cannot be used now, not after hours of work."""
+    if settings.pretrained and not run.has("train.pt"):
+        pretrained(settings)
+    if settings.teacher and not run.has("tune.pt"):
+        load_teacher(settings)
+
+
 # ---- the command --------------------------------------------------------------------------------
 def main() -> None:
     """The stages in order; what the run folder already holds is not done again."""
+    parallel.start()
     args, settings = flags.parse_args()
-    device = args.device
+    device = args.device = parallel.place(args.device)
     using = kernels.choose(args.kernels)
     allow_tf32(settings.tf32)
     run = Run(args.run, asdict(settings))
@@ -388,11 +406,8 @@ def main() -> None:
     if args.found:
         print(args.found)
 
-    # weights that cannot be used are rejected now, not after hours of work
-    if settings.pretrained and not run.has("train.pt"):
-        pretrained(settings)
-    if settings.teacher and not run.has("tune.pt"):
-        load_teacher(settings)
+    # by one process, which may have to fetch them
+    parallel.from_main(lambda: check_weights(run, settings))
 
     # 1 data, unless all that needs it is done
     compress = bool(settings.prune or settings.budget)
@@ -400,7 +415,7 @@ def main() -> None:
     if not run.has("tune.pt" if compress else "train.pt"):
         photographs = open_unpaired(settings, args.memory)
         pictures = open_data(run, settings, args)
-        run.log(stage="start", **report.surroundings(device))
+        run.log(stage="start", processes=parallel.world(), **report.surroundings(device))
 
     # 2 primal and dual training
     dense = run.read("train.pt") or train(run, settings, device, pictures, photographs)
@@ -418,7 +433,10 @@ def main() -> None:
                                              photographs)
         networks = dict(dense=dense, cut=cut, pruned=pruned)
 
-    # 6 report
+    # 6 report, by one process
+    parallel.leave()
+    if not parallel.is_main():
+        return
     if not report.is_current(run, args.test):
         report.measure(run, networks, args.test, device)
     report.print_table(run)

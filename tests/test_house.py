@@ -20,11 +20,12 @@ TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "assets").glob("
 NETWORKS = {"kernels", "backbones", "models", "zoo"}
 PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
 MAY_IMPORT = {
-    "run": set(),
+    "parallel": set(),
+    "run": {"parallel"},
     "download": set(),
     "zoo": {"download"},
     "settings": set(),
-    "fitting": {"settings"},
+    "fitting": {"settings", "parallel"},
     # the method
     "dual": set(),
     "widths": set(),
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones", "download"},
     "cache": {"data"},
-    "gather": {"cache", "data", "files"},
+    "gather": {"cache", "data", "files", "parallel"},
     "unpaired": PICTURES | {"backbones"},
     # the commands
     "graphs": set(),
@@ -58,9 +59,10 @@ MAY_IMPORT = {
     "page": PICTURES | {"crops", "charts"},
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "own",
                                             "page"},
-    "flags": NETWORKS | {"data", "own", "prune", "settings", "upscale"},
+    "flags": NETWORKS | {"data", "own", "parallel", "prune", "settings",
+                           "upscale"},
     "train": NETWORKS | PICTURES | {"dual", "prune", "upscale", "evaluate", "latency", "report",
-                                    "fitting", "flags", "gather", "settings",
+                                    "fitting", "flags", "gather", "parallel", "settings",
                                     "unpaired"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
