@@ -95,7 +95,7 @@ class AdaptiveAttention(nn.Module):
         """Tokens (N, H, W, C) stay. Each branch makes the gate of the other."""
         d = self.proj.in_features // self.heads
         width = self.head_width(d, x)
-        qkv = to_heads(self.qkv, x, 3 * self.heads, width)                 # (N, H, W, 3·heads·width)
+        qkv = to_heads(self.qkv, x, 3 * self.heads, width)         # (N, H, W, 3·heads·width)
         v = cut_groups(qkv[..., 2 * self.heads * width:], self.heads, d)   # (N, H, W, C)
         convolved = self.dwconv(to_map(v))                                 # (N, C, H, W)
         attended = to_map(cut_groups(self.attend(qkv), self.heads, d))     # (N, C, H, W)

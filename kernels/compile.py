@@ -250,7 +250,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every target")
     parser.add_argument("--target", type=int, nargs="+", choices=list(TARGETS), default=[90])
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME",
+                        help="only kernels whose name contains one of these")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("error: TRITON_INTERPRET=1 is set, the compiler is off: unset it")
@@ -258,7 +259,7 @@ def main() -> None:
     print(*(title.rjust(n) for title, n in zip(COLUMNS, widths)), "kernel")
     for target in list(TARGETS) if args.all else args.target:
         for case in cases(target):
-            if args.only in case.name:
+            if any(name in case.name for name in args.only):
                 used = build(case, target)
                 numbers = (str(used[title]).rjust(n) for title, n in zip(COLUMNS, widths))
                 print(*numbers, case.name, flush=True)

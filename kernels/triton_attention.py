@@ -9,10 +9,16 @@ The plain reference of these kernels is `reference` in attention.py. Read in thi
 2. `forward_256_kernel`. A window of 256 tokens (8×32, DAT): 256×256 scores are too many for the
    registers. A program takes 64 queries and goes over the keys in steps, with the online softmax
    of FlashAttention (arXiv 2205.14135).
-3. The tile sizes with their reasons, and the launches.
+3. The launches. (The tile sizes and their reasons are in triton_tiles.py.)
 
 Rolling, cutting into windows and putting back cost nothing: `locate` computes where a token of a
-window lies on the map, and the rows that are read are the rows that are written.
+window lies on the map, and the rows that are read are the rows that are written. In the example at
+the head of attention.py (a map of 4×4, windows of 2×2, shift 1) the place 3 of window 1 is row
+0·2 + 1 + 1 = 2 and column 1·2 + 1 + 1 = 4 of the map; there is no column 4, so it was rolled from
+column 0: the token 2·4 + 0 = 8. In `keep_apart` window 1 is in the last column; the places 1 and 3
+of it have x >= 2 − 1, so their region is 1, that of the places 0 and 2 is 0.
+
+All heads have 16 or 32 channels here: heads.py says why, and who sees to it.
 
 Triton in a few words: a kernel is run by many programs at once, each knows its number
 (tl.program_id) and works on whole tiles; tl.load and tl.store take a tile of addresses and a mask
@@ -63,20 +69,28 @@ def locate(window, token, H, W, rows, columns, dy, dx,
 
 
 @triton.jit
-def at_edge(window, rows, columns):
-    """Whether a window is in the last row or column of windows: only these hold several regions."""
-    _, row, column = place_of(window, rows, columns)
-    return (row == rows - 1) | (column == columns - 1)
+def region_of(token, at_bottom, at_right, dy, dx, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """The regions of some tokens: 0, +2 if rolled from top to bottom, +1 from left to right."""
+    below = at_bottom & (token // WINDOW_W >= WINDOW_H - dy)
+    beyond = at_right & (token % WINDOW_W >= WINDOW_W - dx)
+    return below.to(tl.int32) * 2 + beyond.to(tl.int32)
 
 
 @triton.jit
-def region_of(window, token, rows, columns, dy, dx,
-              WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """The regions of some tokens: 0, +2 if rolled from top to bottom, +1 from left to right."""
+def keep_apart(s, window, query, key, rows, columns, dy, dx,
+               WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """The scores, less 100 where query and key lie in different regions.
+
+    Only windows in the last row or column of windows hold several. query and key: as in bias_tile.
+    """
     _, row, column = place_of(window, rows, columns)
-    below = (row == rows - 1) & (token // WINDOW_W >= WINDOW_H - dy)
-    beyond = (column == columns - 1) & (token % WINDOW_W >= WINDOW_W - dx)
-    return below.to(tl.int32) * 2 + beyond.to(tl.int32)
+    at_bottom = row == rows - 1
+    at_right = column == columns - 1
+    if at_bottom | at_right:
+        of_query = region_of(query, at_bottom, at_right, dy, dx, WINDOW_H, WINDOW_W)
+        of_key = region_of(key, at_bottom, at_right, dy, dx, WINDOW_H, WINDOW_W)
+        s = tl.where(of_query == of_key, s, s - 100.0)
+    return s
 
 
 @triton.jit
@@ -116,7 +130,7 @@ def exp_minus(x, y):
 
 
 # ---- 1. windows of 64 tokens: one tile ----------------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 15 KB read and written, 0.5 MFLOP in the two
+# For a window and head of d = 32 in bfloat16: 16 KB read and written, 0.5 MFLOP in the two
 # products, 4,096 exponentials. That is 32 FLOP a byte. An H100 does 300 FLOP in the time in which
 # it moves a byte, so memory is what takes the time.
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -141,15 +155,15 @@ def forward_64_kernel(
         PRECISION: tl.constexpr):    # of float32 products, see triton_tiles.py
     """A program takes one head and goes from window to window; the bias is loaded once.
 
-    Neighbouring programs take the heads of the same window: a head's row in memory is 60 bytes or
+    Neighbouring programs take the heads of the same window: a head's row in memory is 64 bytes or
     less, and the heads of a token lie side by side.
     """
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
     head = FIRST_HEAD + tl.program_id(0) % HEADS
     token = tl.arange(0, 64)
-    ALL_HEADS: tl.constexpr = CHANNELS // HEAD_DIM
-    bias = bias_tile(
-        table + head, token[:, None], token[None, :], ALL_HEADS, WINDOW_H, WINDOW_W)
+    query = token[:, None]
+    key = token[None, :]
+    bias = bias_tile(table + head, query, key, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
     for window in range(tl.program_id(0) // HEADS, windows, programs):
@@ -158,11 +172,10 @@ def forward_64_kernel(
         k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM)
         v = load_head(qkv + 2 * CHANNELS, row, inside, STRIDE, HEAD_DIM)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        if SHIFTED and at_edge(window, rows, columns):
-            region = region_of(window, token, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-            s = tl.where(region[:, None] == region[None, :], s, s - 100.0)
+        if SHIFTED:
+            s = keep_apart(s, window, query, key, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
         row_max = tl.max(s, 1)                                   # of each query, along the keys
-        p = exp_minus(s, row_max[:, None])                                # softmax without its denominator
+        p = exp_minus(s, row_max[:, None])                       # softmax, not yet divided
         row_sum = tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         store_head(out, acc * (1 / row_sum)[:, None], row, inside, CHANNELS, HEAD_DIM)
@@ -172,8 +185,8 @@ def forward_64_kernel(
 
 
 # ---- 2. windows of 256 tokens: online softmax ---------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 61 KB of q, k, v and out (k and v are read again by
-# each tile of queries, from the cache), 7.9 MFLOP in the two products, 65,536 exponentials.
+# For a window and head of d = 32 in bfloat16: 66 KB of q, k, v and out (k and v are read again by
+# each tile of queries, from the cache), 8.4 MFLOP in the two products, 65,536 exponentials.
 # An H100 needs as long for one exponential as for one byte, and each score wants a bias, a maximum
 # and sums besides, so arithmetic is what takes the time.
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -209,7 +222,6 @@ def forward_256_kernel(
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
     row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-    region = region_of(window, query, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
     q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -223,9 +235,9 @@ def forward_256_kernel(
         bias = bias_tile(
             table + head * TABLE, query[:, None], key[None, :], 1, WINDOW_H, WINDOW_W)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        if SHIFTED and at_edge(window, rows, columns):
-            key_region = region_of(window, key, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-            s = tl.where(region[:, None] == key_region[None, :], s, s - 100.0)
+        if SHIFTED:
+            s = keep_apart(s, window, query[:, None], key[None, :], rows, columns, dy, dx,
+                           WINDOW_H, WINDOW_W)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         alpha = exp_minus(row_max, new_max)
         p = exp_minus(s, new_max[:, None])

@@ -50,34 +50,71 @@ def mnk(pixels: int, columns: int, channels: int) -> dict[str, int]:
     return dict(BLOCK_M=pixels, BLOCK_N=columns, BLOCK_K=channels)
 
 
+# (kernel, numbers), and a target where that one differs. Ampere, Ada and the RTX 50 have matrix
+# instructions for 16 rows that a warp gives on its own; Hopper has others for 64 rows, which four
+# warps give together and which take their right factor from shared memory: fewer registers.
 TILES = {
-    ("forward_64", "bf16"): Tiles({}, 4, 2, 152),
-    ("forward_64", "bf16", 90): Tiles({}, 4, 2, 128),
-    ("forward_64", "tf32"): Tiles({}, 8, 2, 128),
-    ("forward_64", "ieee"): Tiles({}, 8, 2, 128, "tf32x3"),
-    ("backward_64", "bf16"): Tiles({}, 4, 1, 255),
-    ("backward_64", "bf16", 90): Tiles({}, 4, 2, 248),
-    ("backward_64", "tf32"): Tiles({}, 8, 1, 255),
-    ("backward_64", "ieee"): Tiles({}, 16, 1, 96, "ieee"),
-    ("forward_256", "bf16"): Tiles(mn(64, 32), 4, 1, 136),
-    ("forward_256", "tf32"): Tiles(mn(64, 32), 4, 1, 152),
-    ("forward_256", "ieee"): Tiles(mn(64, 32), 4, 1, 168, "tf32x3"),
-    ("queries_256", "bf16"): Tiles(mn(64, 32), 4, 1, 168),
-    ("queries_256", "tf32"): Tiles(mn(64, 32), 4, 1, 168),
-    ("queries_256", "ieee"): Tiles(mn(64, 32), 4, 1, 255, "ieee"),
-    ("keys_256", "bf16"): Tiles(mn(32, 64), 4, 1, 168),
-    ("keys_256", "tf32"): Tiles(mn(32, 64), 4, 1, 168),
-    ("keys_256", "ieee"): Tiles(mn(32, 64), 4, 1, 255, "ieee"),
-    ("dbias_256", "bf16"): Tiles(mn(64, 64), 4, 1, 168),
-    ("dbias_256", "tf32"): Tiles(mn(64, 64), 8, 1, 128),
-    ("dbias_256", "ieee"): Tiles(mn(64, 64), 16, 1, 96, "ieee"),
-    ("conv_wide", "bf16"): Tiles(mnk(128, 128, 64), 8, 3, 255),
-    ("conv_wide", "bf16", 90): Tiles(mnk(128, 128, 64), 8, 3, 128, limit=128),
-    ("conv_wide", "tf32"): Tiles(mnk(128, 128, 32), 8, 3, 255),
-    ("conv_wide", "ieee"): Tiles(mnk(128, 128, 32), 8, 3, 255, "ieee"),
-    ("conv_narrow", "bf16"): Tiles(mnk(128, 64, 64), 8, 3, 128),
-    ("conv_narrow", "tf32"): Tiles(mnk(64, 64, 32), 8, 2, 128),
-    ("conv_narrow", "ieee"): Tiles(mnk(64, 64, 32), 8, 2, 128, "ieee"),
+    # 64×64 scores on 4 warps: each warp owns 16 whole rows, so row_max and row_sum need no exchange
+    # between warps, and a thread has 32 scores besides 32 numbers of the bias. Two stages: the
+    # loads of the next window run during this one. In float32 they would need more shared memory
+    # than they gain.
+    ("forward_64", "bf16"): Tiles({}, warps=4, stages=2, registers=152),
+    ("forward_64", "bf16", 90): Tiles({}, warps=4, stages=2, registers=128),
+    ("forward_64", "tf32"): Tiles({}, warps=4, stages=1, registers=192),
+    ("forward_64", "tf32", 90): Tiles({}, warps=4, stages=1, registers=128),
+    ("forward_64", "ieee"): Tiles({}, warps=4, stages=1, registers=255, precision="tf32x3"),
+    ("forward_64", "ieee", 90): Tiles({}, warps=4, stages=1, registers=208, precision="tf32x3"),
+
+    # P, dP (then dS), the bias and dbias are 32 numbers a thread each on 4 warps. With loads ahead
+    # that spills but on Hopper. TensorFloat-32 needs 8 warps for it, full float32 16.
+    ("backward_64", "bf16"): Tiles({}, warps=4, stages=1, registers=255),
+    ("backward_64", "bf16", 90): Tiles({}, warps=4, stages=2, registers=248),
+    ("backward_64", "tf32"): Tiles({}, warps=8, stages=1, registers=255),
+    ("backward_64", "ieee"): Tiles({}, warps=16, stages=1, registers=96, precision="ieee"),
+
+    # 64 queries are the rows of one matrix instruction of Hopper's; 32 keys a step leave 4 or 5
+    # programs at once, 64 keys only 2. Without a limit the compiler aims at 72 registers for
+    # narrow heads, and spills.
+    ("forward_256", "bf16"): Tiles(mn(64, 32), warps=4, stages=1, registers=128, limit=128),
+    ("forward_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=128),
+    ("forward_256", "ieee"): Tiles(mn(64, 32), warps=4, stages=1, registers=255,
+                                   precision="tf32x3"),
+    ("forward_256", "ieee", 90): Tiles(mn(64, 32), warps=4, stages=1, registers=168,
+                                       precision="tf32x3"),
+    ("queries_256", "bf16"): Tiles(mn(64, 32), warps=4, stages=1, registers=168),
+    ("queries_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=168),
+    ("queries_256", "ieee"): Tiles(mn(64, 32), warps=4, stages=1, registers=168, precision="ieee"),
+
+    # The same turned round: 64 keys are the rows, 32 queries a step.
+    ("keys_256", "bf16"): Tiles(mn(32, 64), warps=4, stages=1, registers=168),
+    ("keys_256", "tf32"): Tiles(mn(32, 64), warps=4, stages=1, registers=240),
+    ("keys_256", "ieee"): Tiles(mn(32, 64), warps=4, stages=1, registers=168, precision="ieee"),
+
+    # The scores, the bias and dbias are 64×64 numbers each. More warps a program mean fewer
+    # registers a thread, and so more warps at once on a multiprocessor.
+    ("dbias_256", "bf16"): Tiles(mn(64, 64), warps=4, stages=1, registers=216),
+    ("dbias_256", "bf16", 90): Tiles(mn(64, 64), warps=4, stages=1, registers=168),
+    ("dbias_256", "tf32"): Tiles(mn(64, 64), warps=8, stages=1, registers=240),
+    ("dbias_256", "tf32", 90): Tiles(mn(64, 64), warps=8, stages=1, registers=128),
+    ("dbias_256", "ieee"): Tiles(mn(64, 64), warps=16, stages=1, registers=88, precision="ieee"),
+
+    # More than 64 columns. A tile of 128×128 makes 128 FLOP of each number that it loads, one of
+    # 128×64 makes 85 and one of 64×64 makes 64; larger ones do not fit into the registers (128×128
+    # are 64 numbers a thread on 8 warps). A step of 64 channels in bfloat16, or of 32 in float32,
+    # is 128 bytes of a pixel, a whole cache line. Loads run 3 steps ahead: 3·(128 + 128)·128 bytes
+    # = 98 KB of shared memory. Hopper's compiler takes 133 registers, and does with 128, so that
+    # two programs fit at once; elsewhere that would spill.
+    ("conv_wide", "bf16"): Tiles(mnk(128, 128, 64), warps=8, stages=3, registers=184),
+    ("conv_wide", "bf16", 90): Tiles(mnk(128, 128, 64), warps=8, stages=3, registers=128,
+                                     limit=128),
+    ("conv_wide", "tf32"): Tiles(mnk(128, 128, 32), warps=8, stages=3, registers=184),
+    ("conv_wide", "ieee"): Tiles(mnk(128, 128, 32), warps=8, stages=3, registers=255,
+                                 precision="ieee"),
+    # 64 columns or fewer: a picture with 3 channels at any r <= 4.
+    ("conv_narrow", "bf16"): Tiles(mnk(128, 64, 64), warps=8, stages=3, registers=168),
+    ("conv_narrow", "tf32"): Tiles(mnk(64, 64, 32), warps=8, stages=2, registers=80),
+    ("conv_narrow", "ieee"): Tiles(mnk(64, 64, 32), warps=8, stages=2, registers=80,
+                                   precision="ieee"),
 }
 
 
@@ -90,7 +127,9 @@ def conv_tiles(C: int, columns: int, numbers: str, target: int) -> Tiles:
     """The tiles of the convolution for C channels and O·r² columns: no more depth than C wants."""
     tiles = tiles_for("conv_wide" if columns > 64 else "conv_narrow", numbers, target)
     wanted = max(16, 1 << (C - 1).bit_length())
-    return tiles._replace(blocks=tiles.blocks | dict(BLOCK_K=min(tiles.blocks["BLOCK_K"], wanted)))
+    if wanted >= tiles.blocks["BLOCK_K"]:
+        return tiles
+    return tiles._replace(blocks=tiles.blocks | dict(BLOCK_K=wanted), limit=None)
 
 
 def options(tiles: Tiles) -> dict:
