@@ -53,6 +53,8 @@ def place_of(window, rows, columns):
     return image, rows_above - image * rows, window - rows_above * columns
 
 
+# A row's number is below 2³¹: the q, k and v of so many tokens would need 206 GB at least. Times
+# the numbers in a row it may be more: load_head and store_head multiply in 64 bits.
 @triton.jit
 def locate(window, token, H, W, rows, columns, dy, dx,
            WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
