@@ -5,7 +5,8 @@ or 32 channels (kernels/heads.py). Pruning leaves 37 or 23. So the weights get z
 rows, whose outputs are then 0, and the consumer as many columns of zeros. What stands between them,
 ReLU or GELU, works on each channel alone, and whatever it makes of a 0 is multiplied by 0.
 
-Not padded is a pair with a LayerNorm between its layers: it divides by the number of channels.
+Not padded is a pair with a LayerNorm between its layers, which divides by the number of channels:
+the norm is one of the producers, and padded are only linear layers and convolutions.
 Not here: when it is done, see `models.inference`.
 """
 import torch
@@ -22,7 +23,7 @@ def pad_pairs(model: nn.Module) -> None:
         ends = []
         for dim, layers in enumerate((pair.producers, pair.consumers)):
             ends += [(model.get_submodule(name), dim, index) for name, index in layers]
-        if not pair.norm and all(in_groups(*end) for end in ends):
+        if all(in_groups(*end) for end in ends):
             width = -pair.width // MULTIPLE * -MULTIPLE
             if pair.heads > 1:
                 width = max(width, head_width(pair.width))

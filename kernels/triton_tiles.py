@@ -66,23 +66,25 @@ TILES = {
     ("forward_64", "ieee", 90): Tiles({}, warps=4, stages=1, registers=208, precision="tf32x3"),
 
     # P, dP (then dS), the bias and dbias are 32 numbers a thread each on 4 warps. With loads ahead
-    # that spills but on Hopper. TensorFloat-32 needs 8 warps for it, full float32 16.
+    # that spills but on Hopper. TensorFloat-32 needs 8 warps for it, full float32 16. On the RTX 50
+    # TensorFloat-32 spills even so: full float32 takes its place.
     ("backward_64", "bf16"): Tiles({}, warps=4, stages=1, registers=255),
     ("backward_64", "bf16", 90): Tiles({}, warps=4, stages=2, registers=248),
     ("backward_64", "tf32"): Tiles({}, warps=8, stages=1, registers=255),
+    ("backward_64", "tf32", 120): Tiles({}, warps=16, stages=1, registers=96, precision="ieee"),
     ("backward_64", "ieee"): Tiles({}, warps=16, stages=1, registers=96, precision="ieee"),
 
     # 64 queries are the rows of one matrix instruction of Hopper's; 32 keys a step leave 4 or 5
     # programs at once, 64 keys only 2. Without a limit the compiler aims at 72 registers for
     # narrow heads, and spills.
     ("forward_256", "bf16"): Tiles(mn(64, 32), warps=4, stages=1, registers=128, limit=128),
-    ("forward_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=128),
+    ("forward_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=136),
     ("forward_256", "ieee"): Tiles(mn(64, 32), warps=4, stages=1, registers=255,
                                    precision="tf32x3"),
     ("forward_256", "ieee", 90): Tiles(mn(64, 32), warps=4, stages=1, registers=168,
                                        precision="tf32x3"),
     ("queries_256", "bf16"): Tiles(mn(64, 32), warps=4, stages=1, registers=168),
-    ("queries_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=168),
+    ("queries_256", "tf32"): Tiles(mn(64, 32), warps=4, stages=1, registers=184),
     ("queries_256", "ieee"): Tiles(mn(64, 32), warps=4, stages=1, registers=168, precision="ieee"),
 
     # The same turned round: 64 keys are the rows, 32 queries a step.
