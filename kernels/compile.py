@@ -18,7 +18,8 @@ This runs the compiler and NVIDIA's assembler, which come with Triton; it does n
     occupancy       their warps, in percent of those that it can hold
     counted_on      programs that the launch counts on to fit; 0 where it does not matter
 
-Read the kernels (triton_attention.py, triton_pixel_shuffle.py) and triton_tiles.py first.
+Read the kernels (triton_attention.py, triton_pixel_shuffle.py, triton_mlp.py) and triton_tiles.py
+first.
 """
 import argparse
 import os
@@ -89,7 +90,8 @@ CONVOLUTION = [
 
 # The types of the parameters that are not what the picture is computed in.
 FLOAT32 = ("table", "lse", "delta", "dbias_sums", "dbias", "dtable")
-INTEGERS = ("H", "W", "rows", "columns", "dy", "dx", "windows", "programs", "pixels")
+INTEGERS = ("H", "W", "rows", "columns", "dy", "dx", "windows", "programs", "pixels",
+            "tokens")
 
 
 # ---- what is compiled ---------------------------------------------------------------------------
@@ -147,9 +149,18 @@ def convolution_cases(target: int) -> Iterator[Case]:
                    triton_tiles.options(tiles))
 
 
+def mlp_cases() -> Iterator[Case]:
+    """The MLP of SwinIR and of its light version."""
+    from kernels import triton_mlp as mlp
+    for channels in (180, 60):
+        constants = mlp.compile_time(channels, 2 * channels)
+        yield Case(f"mlp_bf16_{channels}to{2 * channels}", mlp.mlp_kernel, "bf16", constants,
+                   mlp.OPTIONS)
+
+
 def cases(target: int) -> list[Case]:
     """Every kernel and configuration that is shipped for a target."""
-    return [*attention_cases(target), *dtable_cases(), *convolution_cases(target)]
+    return [*attention_cases(target), *dtable_cases(), *convolution_cases(target), *mlp_cases()]
 
 
 # ---- how ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ KERNELS = (
     "forward_64_ieee",
     "dtable_8x8",
     "conv_bf16_64to256",
+    "mlp_bf16_180",
 )
 
 
@@ -62,11 +63,11 @@ def table() -> dict:
 @needs_compiler
 def test_every_kind_of_kernel_is_compiled_for_each_target(table):
     kinds = {"forward_64", "forward_256", "backward_64", "queries_256", "keys_256", "dbias_256",
-             "dtable_8x8", "conv_bf16"}
+             "dtable_8x8", "conv_bf16", "mlp_bf16"}
     for target in TARGETS:
         names = [name for number, name in table if number == int(target)]
         assert {"_".join(name.split("_")[:2]) for name in names} == kinds
-        assert len(names) == 9
+        assert len(names) == 10
 
 
 @needs_compiler
