@@ -220,7 +220,7 @@ def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using
         pictures = data.photographs((1, scale), blind, args.degradation)
     tables = {}
     if model:
-        fast = models.inference(model, args.precision).to(args.device)
+        fast = models.inference(model, args.precision, args.device)
         tables[f"{model.arch} x{scale}"] = evaluate(
             fast, pictures, tile=args.tile or 0, overlap=args.overlap, ensemble=args.self_ensemble)
     tables["bicubic"] = evaluate(partial(data.imresize, scale=scale), pictures)

@@ -61,7 +61,7 @@ def device_name(device: torch.device) -> str:
 
 def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """The network as it is timed."""
-    return models.inference(network).to(device)
+    return models.inference(network, device=device)
 
 
 def noise(device: torch.device, side: int = SIDE) -> torch.Tensor:

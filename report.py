@@ -80,7 +80,7 @@ def measure_all(states: dict[str, dict], test: str | None, device: torch.device,
     networks = {}
     for name, state in states.items():
         network = models.from_checkpoint(state)
-        fast = models.inference(network).to(device)
+        fast = models.inference(network, device=device)
         measured = evaluate.evaluate(fast, pictures)
         rows[name] = measured
         # the costs are counted on the network itself: folding changes them

@@ -362,7 +362,7 @@ def main() -> None:
     how = f"bicubic x{scale}"
     if model:
         how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
-        model = models.inference(model, args.precision).to(args.device)
+        model = models.inference(model, args.precision, args.device)
         if args.device.type == "cuda" and args.kernels != "torch":
             graphs.use(model)
     enlarge_all(jobs, headers, model, scale, args, how, duals)

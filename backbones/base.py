@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from backbones.padding import pad_pairs
 
 
 class SR(NamedTuple):
@@ -153,6 +154,12 @@ class Backbone(nn.Module, ABC):
         `models.inference` calls it on a copy. A backbone overrides it if it has layers in a row
         with nothing nonlinear in between, such as two convolutions.
         """
+
+    def pad(self) -> None:
+        """Pads hidden widths with zeros for GPUs, in place, after `fold`; the output stays the
+        same. `models.inference` calls it on a copy; padding.py says what is padded and why.
+        """
+        pad_pairs(self)
 
     def set_drop_path(self, rate: float) -> None:
         """Sets the stochastic depth of the last block; it rises linearly from 0 in the first.

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import kernels
 from backbones.base import SR, DropPath, Pair, conv
-from backbones.swinir import Transformer, to_map, to_tokens
+from backbones.padding import pad_layer
+from backbones.swinir import Transformer, to_heads, to_map, to_tokens
+from kernels.heads import cut_groups, head_width, wanted_width
 
 WINDOW = (8, 32)                             # height, width; the other half of the heads: (32, 8)
 
@@ -60,6 +62,10 @@ class AdaptiveAttention(nn.Module):
     # whether attention is the `a` of `interact` and the convolution its `b`, or the other way round
     attention_is_a = False
 
+    def head_width(self, d: int, x: Tensor) -> int:
+        """How many channels a head of d gets for the attention itself; see kernels/heads.py."""
+        return d
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -87,10 +93,12 @@ class AdaptiveAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (N, H, W, C) stay. Each branch makes the gate of the other."""
-        qkv = self.qkv(x)                                                  # (N, H, W, 3C)
-        v = qkv[..., 2 * x.shape[3]:]
+        d = self.proj.in_features // self.heads
+        width = self.head_width(d, x)
+        qkv = to_heads(self.qkv, x, 3 * self.heads, width)         # (N, H, W, 3·heads·width)
+        v = cut_groups(qkv[..., 2 * self.heads * width:], self.heads, d)   # (N, H, W, C)
         convolved = self.dwconv(to_map(v))                                 # (N, C, H, W)
-        attended = to_map(self.attend(qkv))                                # (N, C, H, W)
+        attended = to_map(cut_groups(self.attend(qkv), self.heads, d))     # (N, C, H, W)
         if self.attention_is_a:
             return self.interact(attended, convolved)
         return self.interact(convolved, attended)
@@ -115,6 +123,23 @@ class AdaptiveSpatialAttention(AdaptiveAttention):
         bias_dim = dim // 2 // 4 // 4        # width of the small network, as in the release
         self.attns = nn.ModuleList(
             HalfOfHeads(bias_dim, heads // 2, window) for window in ((h, w), (w, h)))
+
+    def head_width(self, d: int, x: Tensor) -> int:
+        return wanted_width(d, x)
+
+    def pad(self) -> None:
+        """Pads the heads in all layers, in place, once the BatchNorms are folded: each channel runs
+        alone from qkv to proj, or is summed up with weights.
+        """
+        heads = self.heads
+        width = head_width(self.proj.in_features // heads)
+        pad_layer(self.qkv, 0, 3 * heads, width)
+        pad_layer(self.dwconv[0], 0, heads, width)
+        self.dwconv[0].groups = self.dwconv[0].in_channels = heads * width
+        pad_layer(self.channel_interaction[1], 1, heads, width)
+        pad_layer(self.channel_interaction[4], 0, heads, width)
+        pad_layer(self.spatial_interaction[0], 1, heads, width)
+        pad_layer(self.proj, 1, heads, width)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(N, H, W, 3C) -> (N, H, W, C)."""
@@ -294,3 +319,9 @@ class DAT(Transformer):
                 if isinstance(module[i], nn.BatchNorm2d):
                     module[i - 1] = nn.utils.fuse_conv_bn_eval(module[i - 1], module[i])
                     module[i] = nn.Identity()
+
+    def pad(self) -> None:
+        super().pad()
+        for module in self.modules():
+            if isinstance(module, AdaptiveSpatialAttention):
+                module.pad()

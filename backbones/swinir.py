@@ -35,6 +35,7 @@ from backbones.base import (
     pass_on,
     plain_pair,
 )
+from kernels.heads import pad_groups, wanted_width
 
 WINDOW = 8                                   # side of a window in tokens (Section 4.1)
 
@@ -132,8 +133,28 @@ def shrink(layer: nn.Conv2d, factor: float) -> None:
 
 
 # ---- SwinIR -------------------------------------------------------------------------------------
+class FromHeads(nn.Linear):
+    """A linear layer whose input is made of heads; heads padded with zeros will do as well."""
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1] // self.heads
+        return F.linear(x, pad_groups(self.weight, 1, self.heads, width), self.bias)
+
+
+def to_heads(layer: nn.Linear, x: Tensor, groups: int, width: int) -> Tensor:
+    """layer(x), in `groups` groups (the heads of q, k and v) padded with zeros to `width` each."""
+    weight = pad_groups(layer.weight, 0, groups, width)
+    return F.linear(x, weight, pad_groups(layer.bias, 0, groups, width))
+
+
 class WindowAttention(nn.Module):
-    """Multi-head attention within windows. `hidden` channels of q, k and v each, over all heads."""
+    """Multi-head attention within windows. `hidden` channels of q, k and v each, over all heads.
+
+    On a GPU the heads are padded to the widths that the kernels have, see kernels/heads.py.
+    """
     def __init__(self, dim: int, heads: int, hidden: int, shift: int):
         super().__init__()
         self.heads = heads
@@ -142,12 +163,14 @@ class WindowAttention(nn.Module):
         table = torch.empty((2 * WINDOW - 1) ** 2, heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         self.qkv = nn.Linear(dim, 3 * hidden)
-        self.proj = nn.Linear(hidden, dim)
+        self.proj = FromHeads(heads, hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (N, H, W, C) stay; H and W are multiples of the window."""
+        width = wanted_width(self.proj.in_features // self.heads, x)
+        qkv = to_heads(self.qkv, x, 3 * self.heads, width)
         x = kernels.window_attention(
-            self.qkv(x), self.relative_position_bias_table, heads=self.heads,
+            qkv, self.relative_position_bias_table, heads=self.heads,
             window=(WINDOW, WINDOW), shift=(self.shift, self.shift), scale=self.scale)
         return self.proj(x)
 

@@ -333,8 +333,8 @@ def model_rows(name: str, repeat: int) -> list[dict]:
         set_way(way)
         torch._dynamo.reset()
         torch.manual_seed(0)
-        network = models.inference(models.build(name), "bf16" if GPU else "float32")
-        network = network.to(low.device)
+        precision = "bf16" if GPU else "float32"
+        network = models.inference(models.build(name), precision, low.device)
         if way.endswith("compiled"):
             network = torch.compile(network, dynamic=False)
         if way.endswith("graph"):

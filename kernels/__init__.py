@@ -4,6 +4,7 @@
     choice.py                              which of them is faster, by measurement
     attention.py, pixel_shuffle.py         formula, reference, PyTorch path, operation and gradient
     mlp.py                                 likewise, for inference
+    heads.py                               the head widths that the kernels have
     triton_*.py                            the Triton kernels; imported when they are first used
     compile.py                             a command: compiles every kernel without a GPU
 

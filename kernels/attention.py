@@ -55,7 +55,7 @@ On a picture of 320×184 in bfloat16 that is 1,005 MB for one layer, fused 85 MB
 takes 10,273 numbers a token (1,210 MB), fused 7A = 1,260 (148 MB, without the small sums and the
 bias): the kernel reads q, k, v and the gradient of out, writes those of q, k, v, and computes the
 scores again rather than reading them. (Those for 256 tokens also read out, and compute the scores
-once more for the bias.)
+three times: for dq, for dk and dv, for the bias.)
 
 In this file: `reference`, the text above in PyTorch, line by line; `torch_path`, the same faster,
 for any device; `window_attention`, which the networks call; and the Triton kernels wrapped as a

@@ -9,10 +9,16 @@ The plain reference of these kernels is `reference` in attention.py. Read in thi
 2. `forward_256_kernel`. A window of 256 tokens (8×32, DAT): 256×256 scores are too many for the
    registers. A program takes 64 queries and goes over the keys in steps, with the online softmax
    of FlashAttention (arXiv 2205.14135).
-3. The tile sizes with their reasons, and the launches.
+3. The launches. (The tile sizes and their reasons are in triton_tiles.py.)
 
 Rolling, cutting into windows and putting back cost nothing: `locate` computes where a token of a
-window lies on the map, and the rows that are read are the rows that are written.
+window lies on the map, and the rows that are read are the rows that are written. In the example at
+the head of attention.py (a map of 4×4, windows of 2×2, shift 1) the place 3 of window 1 is row
+0·2 + 1 + 1 = 2 and column 1·2 + 1 + 1 = 4 of the map; there is no column 4, so it was rolled from
+column 0: the token 2·4 + 0 = 8. In `keep_apart` window 1 is in the last column; the places 1 and 3
+of it have x >= 2 − 1, so their region is 1, that of the places 0 and 2 is 0.
+
+All heads have 16 or 32 channels here: heads.py says why, and who sees to it.
 
 Triton in a few words: a kernel is run by many programs at once, each knows its number
 (tl.program_id) and works on whole tiles; tl.load and tl.store take a tile of addresses and a mask
@@ -28,6 +34,8 @@ from torch import Tensor
 
 from kernels import switch
 from kernels.attention import padding
+from kernels.heads import cut_groups, head_width, pad_groups
+from kernels.triton_tiles import Tiles, options, target_of, tiles_for
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 LOG2E = tl.constexpr(1.4426950408889634)              # log₂ e
@@ -38,53 +46,75 @@ RUN_TIME = ["H", "W", "rows", "columns", "dy", "dx", "windows", "programs"]
 
 # ---- parts of kernels ---------------------------------------------------------------------------
 @triton.jit
+def place_of(window, rows, columns):
+    """(image, row, column) of a window. A division of unsigned numbers is a third shorter."""
+    rows_above = (tl.cast(window, tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
+    image = (rows_above.to(tl.uint32) // rows.to(tl.uint32)).to(tl.int32)
+    return image, rows_above - image * rows, window - rows_above * columns
+
+
+# A row's number is below 2³¹: the q, k and v of so many tokens would need 206 GB at least. Times
+# the numbers in a row it may be more: load_head and store_head multiply in 64 bits.
+@triton.jit
 def locate(window, token, H, W, rows, columns, dy, dx,
            WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
     """Finds some tokens of a window on the map, by their places 0 .. n−1 in the window.
 
-    Returns their rows in a (B·H·W, ·) matrix; whether they lie on the map, not in the padding; and
-    their regions: 0, +2 if rolled from top to bottom, +1 if rolled from left to right.
+    Returns their rows in a (B·H·W, ·) matrix, and whether they lie on the map, not in the padding.
     """
-    y = window // columns % rows * WINDOW_H + token // WINDOW_W + dy
-    x = window % columns * WINDOW_W + token % WINDOW_W + dx
-    below = y >= rows * WINDOW_H
-    beyond = x >= columns * WINDOW_W
-    y = tl.where(below, y - rows * WINDOW_H, y)
-    x = tl.where(beyond, x - columns * WINDOW_W, x)
-    image = window // (rows * columns)
-    row = (image * H + y).to(tl.int64) * W + x
-    return row, (y < H) & (x < W), below.to(tl.int32) * 2 + beyond.to(tl.int32)
+    image, row, column = place_of(window, rows, columns)
+    y = row * WINDOW_H + token // WINDOW_W + dy
+    x = column * WINDOW_W + token % WINDOW_W + dx
+    y = tl.where(y >= rows * WINDOW_H, y - rows * WINDOW_H, y)   # rolled from the top
+    x = tl.where(x >= columns * WINDOW_W, x - columns * WINDOW_W, x)
+    return (image * H + y) * W + x, (y < H) & (x < W)
 
 
 @triton.jit
-def at_edge(window, rows, columns):
-    """Whether a window is in the last row or column of windows: only these hold several regions."""
-    return (window // columns % rows == rows - 1) | (window % columns == columns - 1)
+def region_of(token, at_bottom, at_right, dy, dx, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """The regions of some tokens: 0, +2 if rolled from top to bottom, +1 from left to right."""
+    below = at_bottom & (token // WINDOW_W >= WINDOW_H - dy)
+    beyond = at_right & (token % WINDOW_W >= WINDOW_W - dx)
+    return below.to(tl.int32) * 2 + beyond.to(tl.int32)
 
 
 @triton.jit
-def load_head(matrix, row, inside, STRIDE: tl.constexpr,
-              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) numbers of a head: zero in the padding and from channel HEAD_DIM on."""
-    channel = tl.arange(0, BLOCK_D)
-    exists = inside[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(matrix + row[:, None] * STRIDE + channel[None, :], mask=exists, other=0.0)
+def keep_apart(s, window, query, key, rows, columns, dy, dx,
+               WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """The scores, less 100 where query and key lie in different regions.
+
+    Only windows in the last row or column of windows hold several. query and key: as in bias_tile.
+    """
+    _, row, column = place_of(window, rows, columns)
+    at_bottom = row == rows - 1
+    at_right = column == columns - 1
+    if at_bottom | at_right:
+        of_query = region_of(query, at_bottom, at_right, dy, dx, WINDOW_H, WINDOW_W)
+        of_key = region_of(key, at_bottom, at_right, dy, dx, WINDOW_H, WINDOW_W)
+        s = tl.where(of_query == of_key, s, s - 100.0)
+    return s
 
 
 @triton.jit
-def store_head(matrix, values, row, inside, STRIDE: tl.constexpr,
-               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_head(matrix, row, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """(tokens, HEAD_DIM) numbers of a head: zero in the padding of the map."""
+    place = row.to(tl.int64)[:, None] * STRIDE + tl.arange(0, HEAD_DIM)[None, :]
+    return tl.load(matrix + place, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def store_head(matrix, values, row, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Writes what `load_head` would read."""
-    channel = tl.arange(0, BLOCK_D)
-    exists = inside[:, None] & (channel < HEAD_DIM)[None, :]
-    values = values.to(matrix.dtype.element_ty)
-    tl.store(matrix + row[:, None] * STRIDE + channel[None, :], values, mask=exists)
+    place = row.to(tl.int64)[:, None] * STRIDE + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(matrix + place, values.to(matrix.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def bias_tile(table, query, key, STRIDE: tl.constexpr,
               WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """(queries, keys) of one head's table, whose entries lie STRIDE numbers apart.
+    """The bias of (query, key) from one head's table, whose entries lie STRIDE numbers apart.
+
+    query is a column (m, 1) and key a row (1, n), or the other way round.
 
     The entry (Δy + h−1)·(2w−1) + (Δx + w−1) is of_query − of_key, two numbers that depend on the
     query alone and on the key alone: one subtraction for each score.
@@ -92,17 +122,17 @@ def bias_tile(table, query, key, STRIDE: tl.constexpr,
     PITCH: tl.constexpr = 2 * WINDOW_W - 1
     of_query = (query // WINDOW_W + WINDOW_H - 1) * PITCH + query % WINDOW_W + WINDOW_W - 1
     of_key = key // WINDOW_W * PITCH + key % WINDOW_W
-    return tl.load(table + (of_query[:, None] - of_key[None, :]) * STRIDE).to(tl.float32)
+    return tl.load(table + (of_query - of_key) * STRIDE).to(tl.float32)
 
 
 @triton.jit
 def exp_minus(x, y):
-    """exp(x − y) for x (m, n) and y (m). A GPU has an instruction for 2ˣ only: eˣ = 2^(x·log₂e)."""
-    return tl.exp2(x * LOG2E - (y * LOG2E)[:, None])
+    """exp(x − y). A GPU has an instruction for 2ˣ only, and eˣ = 2^(x·log₂e)."""
+    return tl.exp2(x * LOG2E - y * LOG2E)
 
 
 # ---- 1. windows of 64 tokens: one tile ----------------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 15 KB read and written, 0.5 MFLOP in the two
+# For a window and head of d = 32 in bfloat16: 16 KB read and written, 0.5 MFLOP in the two
 # products, 4,096 exponentials. That is 32 FLOP a byte. An H100 does 300 FLOP in the time in which
 # it moves a byte, so memory is what takes the time.
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -120,46 +150,45 @@ def forward_64_kernel(
         CHANNELS: tl.constexpr,      # A, in all heads together
         FIRST_HEAD: tl.constexpr,    # of this launch
         HEADS: tl.constexpr,         # of this launch
-        HEAD_DIM: tl.constexpr,      # d
-        BLOCK_D: tl.constexpr,       # d, or the next size that a tile can have: 16, 32
+        HEAD_DIM: tl.constexpr,      # d: 16 or 32
         WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
         SHIFTED: tl.constexpr,       # whether dy and dx are more than 0
         SAVE: tl.constexpr,          # lse, for the backward pass
-        PRECISION: tl.constexpr):    # of float32 products: "tf32" or "ieee"
+        PRECISION: tl.constexpr):    # of float32 products, see triton_tiles.py
     """A program takes one head and goes from window to window; the bias is loaded once.
 
-    Neighbouring programs take the heads of the same window: a head's row in memory is 60 bytes or
+    Neighbouring programs take the heads of the same window: a head's row in memory is 64 bytes or
     less, and the heads of a token lie side by side.
     """
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
     head = FIRST_HEAD + tl.program_id(0) % HEADS
     token = tl.arange(0, 64)
-    ALL_HEADS: tl.constexpr = CHANNELS // HEAD_DIM
-    bias = bias_tile(table + head, token, token, ALL_HEADS, WINDOW_H, WINDOW_W)
+    query = token[:, None]
+    key = token[None, :]
+    bias = bias_tile(table + head, query, key, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
     for window in range(tl.program_id(0) // HEADS, windows, programs):
-        row, inside, region = locate(
-            window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-        k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-        v = load_head(qkv + 2 * CHANNELS, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        row, inside = locate(window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
+        k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM)
+        v = load_head(qkv + 2 * CHANNELS, row, inside, STRIDE, HEAD_DIM)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        if SHIFTED and at_edge(window, rows, columns):
-            s = tl.where(region[:, None] == region[None, :], s, s - 100.0)
+        if SHIFTED:
+            s = keep_apart(s, window, query, key, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
         row_max = tl.max(s, 1)                                   # of each query, along the keys
-        p = exp_minus(s, row_max)                                # softmax without its denominator
+        p = exp_minus(s, row_max[:, None])                       # softmax, not yet divided
         row_sum = tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        store_head(out, acc / row_sum[:, None], row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
+        store_head(out, acc * (1 / row_sum)[:, None], row, inside, CHANNELS, HEAD_DIM)
         if SAVE:
             place = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * 64 + token
             tl.store(lse + place, row_max + tl.log(row_sum))
 
 
 # ---- 2. windows of 256 tokens: online softmax ---------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 61 KB of q, k, v and out (k and v are read again by
-# each tile of queries, from the cache), 7.9 MFLOP in the two products, 65,536 exponentials.
+# For a window and head of d = 32 in bfloat16: 66 KB of q, k, v and out (k and v are read again by
+# each tile of queries, from the cache), 8.4 MFLOP in the two products, 65,536 exponentials.
 # An H100 needs as long for one exponential as for one byte, and each score wants a bias, a maximum
 # and sums besides, so arithmetic is what takes the time.
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -173,7 +202,6 @@ def forward_256_kernel(
         FIRST_HEAD: tl.constexpr,
         HEADS: tl.constexpr,
         HEAD_DIM: tl.constexpr,
-        BLOCK_D: tl.constexpr,
         WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
         SHIFTED: tl.constexpr,
         SAVE: tl.constexpr,
@@ -195,75 +223,33 @@ def forward_256_kernel(
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
-    row, inside, region = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-    q = load_head(qkv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+    row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+    q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for start in range(0, N, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        key_row, key_inside, key_region = locate(
+        key_row, key_inside = locate(
             window, key, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        bias = bias_tile(table + head * TABLE, query, key, 1, WINDOW_H, WINDOW_W)
+        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+        bias = bias_tile(
+            table + head * TABLE, query[:, None], key[None, :], 1, WINDOW_H, WINDOW_W)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        if SHIFTED and at_edge(window, rows, columns):
-            s = tl.where(region[:, None] == key_region[None, :], s, s - 100.0)
+        if SHIFTED:
+            s = keep_apart(s, window, query[:, None], key[None, :], rows, columns, dy, dx,
+                           WINDOW_H, WINDOW_W)
         new_max = tl.maximum(row_max, tl.max(s, 1))
-        alpha = tl.exp2((row_max - new_max) * LOG2E)                   # eˣ again
-        p = exp_minus(s, new_max)
+        alpha = exp_minus(row_max, new_max)
+        p = exp_minus(s, new_max[:, None])
         row_sum = row_sum * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         row_max = new_max
-    store_head(out, acc / row_sum[:, None], row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
+    store_head(out, acc * (1 / row_sum)[:, None], row, inside, CHANNELS, HEAD_DIM)
     if SAVE:
         place = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * N + query
         tl.store(lse + place, row_max + tl.log(row_sum))
-
-
-# ---- tile sizes ---------------------------------------------------------------------------------
-class Tiles(NamedTuple):
-    """How a kernel is compiled."""
-    blocks: dict[str, int]           # tile sizes, where the kernel leaves them open
-    warps: int                       # of 32 threads, that work on a tile together
-    stages: int                      # rounds of the loop whose loads are under way together
-    registers: int                   # of a thread, at most, as `python -m kernels.compile` prints
-
-    @property
-    def resident(self) -> int:
-        """How many programs a multiprocessor runs at once, by its 65,536 registers.
-
-        The kernels whose programs share the windows have shared memory enough for that.
-        """
-        return 65536 // (self.registers * 32 * self.warps)
-
-
-# All sizes below were chosen with the compiler alone, for Hopper: no register spills to memory, and
-# then as many programs at once as possible, so that some compute while others wait for memory.
-# `registers` is the most over all head widths and window shapes.
-
-# 64×64 scores on 4 warps: each warp owns 16 whole rows, so row_max and row_sum need no exchange
-# between warps, and 32 scores a thread, besides 32 numbers of the bias. In float32, of either kind,
-# that would spill: 8 warps. Two stages: the loads of the next window run during this one.
-FORWARD_64 = {
-    "bf16": Tiles({}, warps=4, stages=2, registers=168),
-    "tf32": Tiles({}, warps=8, stages=2, registers=128),
-    "ieee": Tiles({}, warps=8, stages=2, registers=128),
-}
-
-# 64 queries and 32 keys, in bfloat16: 116 registers for a window of 8×32 (4 programs at once), 136
-# for one of 32×8 (3). 64 keys take 178 registers (2 programs), 128 queries and 64 keys spill.
-FORWARD_256 = {
-    "bf16": Tiles(dict(BLOCK_M=64, BLOCK_N=32), warps=4, stages=1, registers=136),
-    "tf32": Tiles(dict(BLOCK_M=64, BLOCK_N=32), warps=4, stages=1, registers=152),
-    "ieee": Tiles(dict(BLOCK_M=64, BLOCK_N=32), warps=4, stages=1, registers=168),
-}
-
-
-def options(tiles: Tiles) -> dict:
-    """Triton's own options; a·b + c may be rounded once, whatever the default of this Triton is."""
-    return dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
 
 
 # ---- launches -----------------------------------------------------------------------------------
@@ -283,18 +269,15 @@ class Part(NamedTuple):
         return dict(H=H, W=W, rows=self.rows, columns=self.columns, dy=dy, dx=dx,
                     windows=self.windows, scale=scale)
 
-    def compile_time(self, channels: int, heads: int, numbers: str) -> dict:
+    def compile_time(self, heads: int, head_dim: int) -> dict:
         """What the kernels are compiled for; nothing of it depends on the size of the map.
 
-        channels and heads are those of all parts together; numbers: from `arithmetic`.
+        heads: of all parts together; head_dim: 16 or 32.
         """
         h, w = self.window
-        head_dim = channels // heads
         return dict(
-            CHANNELS=channels, FIRST_HEAD=self.first_head, HEADS=self.heads, HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), WINDOW_H=h, WINDOW_W=w,
-            SHIFTED=self.shift != (0, 0),
-            PRECISION="ieee" if numbers == "ieee" else "tf32")        # bfloat16 has no choice
+            CHANNELS=heads * head_dim, FIRST_HEAD=self.first_head, HEADS=self.heads,
+            HEAD_DIM=head_dim, WINDOW_H=h, WINDOW_W=w, SHIFTED=self.shift != (0, 0))
 
 
 def parts_of(maps: tuple[int, int, int], heads: int, window, shift, crossed: bool) -> list[Part]:
@@ -327,9 +310,14 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "tf32" if switch.allows_tf32("matmul") else "ieee"
 
 
-def computable(x: Tensor) -> Tensor:
-    """x itself; under Triton's interpreter, which multiplies bfloat16 wrongly, x in float32."""
-    return x.float() if INTERPRETED else x
+def readable(x: Tensor, groups: int, head_dim: int) -> Tensor:
+    """x (..., groups·d) as the kernels read it: (..., groups·head_dim), contiguous, and at an
+    address that 16-byte loads can have. x itself where it is so already.
+    """
+    if INTERPRETED and x.dtype == torch.bfloat16:     # the interpreter multiplies it wrongly
+        x = x.float()
+    x = pad_groups(x, -1, groups, head_dim).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def programs_for(windows: int, others: int, tiles: Tiles, device: torch.device) -> int:
@@ -364,35 +352,39 @@ def forward(
     Returns out (B, H, W, A) and lse (parts, windows·heads·n) float32, empty unless `save`.
     """
     B, H, W, width = qkv.shape
+    d = width // 3 // heads
+    head_dim = head_width(d)
     tokens = window[0] * window[1]
     numbers = arithmetic(qkv.dtype)
     parts = parts_of((B, H, W), heads, window, shift, crossed)
     saved = parts[0].windows * parts[0].heads * tokens if save else 0
     lse = qkv.new_empty(len(parts), saved, dtype=torch.float32)
-    work = computable(qkv).contiguous()
-    out = work.new_empty(B, H, W, width // 3)
-    if out.numel() == 0:
-        return out.to(qkv.dtype), lse
+    if qkv.numel() == 0:
+        return qkv.new_empty(B, H, W, width // 3), lse
+    work = readable(qkv, 3 * heads, head_dim)
+    out = work.new_empty(B, H, W, heads * head_dim)
     table = laid_out(bias_table, tokens)
     launch = launch_64 if tokens == 64 else launch_256
     with torch.cuda.device_of(qkv):
         for i, part in enumerate(parts):
-            fixed = part.compile_time(width // 3, heads, numbers) | dict(SAVE=save)
+            fixed = part.compile_time(heads, head_dim) | dict(SAVE=save)
             arguments = part.run_time(H, W, scale) | fixed
             launch(part, numbers, (work, table, out, lse[i]), arguments)
-    return out.to(qkv.dtype), lse
+    return cut_groups(out, heads, d).to(qkv.dtype), lse
 
 
 def launch_64(part: Part, numbers: str, tensors: tuple, arguments: dict) -> None:
     """One launch of `forward_64_kernel`."""
-    tiles = FORWARD_64[numbers]
-    programs = programs_for(part.windows, part.heads, tiles, tensors[0].device)
+    device = tensors[0].device
+    tiles = tiles_for("forward_64", numbers, target_of(device))
+    programs = programs_for(part.windows, part.heads, tiles, device)
     grid = (part.heads * programs,)
-    forward_64_kernel[grid](*tensors, programs=programs, **arguments, **options(tiles))
+    forward_64_kernel[grid](
+        *tensors, programs=programs, **arguments, **tiles.constants, **options(tiles))
 
 
 def launch_256(part: Part, numbers: str, tensors: tuple, arguments: dict) -> None:
     """One launch of `forward_256_kernel`."""
-    tiles = FORWARD_256[numbers]
+    tiles = tiles_for("forward_256", numbers, target_of(tensors[0].device))
     grid = (part.heads * (256 // tiles.blocks["BLOCK_M"]) * part.windows,)
-    forward_256_kernel[grid](*tensors, **arguments, **tiles.blocks, **options(tiles))
+    forward_256_kernel[grid](*tensors, **arguments, **tiles.constants, **options(tiles))

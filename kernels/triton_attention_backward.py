@@ -10,10 +10,12 @@ The gradient of a table entry is the sum of dbias over the pairs (query, key) th
 
 1. `backward_64_kernel`. Windows of 64 tokens: one tile again. dbias stays in the registers of the
    program over all of its windows.
-2. `backward_256_kernel`. Windows of 256 tokens: all queries at once, the keys in steps.
-3. `dbias_256_kernel`. 256×256 numbers of dbias fit in no program's registers. Each program of this
+2. `queries_256_kernel`. Windows of 256 tokens, dq: some queries and all keys, in steps.
+3. `keys_256_kernel`. dk and dv: some keys and all queries, in steps. (2 and 3 are the two loops of
+   FlashAttention-2, arXiv 2307.08691: nobody shares a sum with anybody.)
+4. `dbias_256_kernel`. 256×256 numbers of dbias fit in no program's registers. Each program of this
    kernel owns one tile of dbias, and goes over the windows for that tile alone.
-4. `dtable_kernel`. From dbias (n, n) to the table.
+5. `dtable_kernel`. From dbias (n, n) to the table.
 
 A sum over windows is split among programs; each writes its own (dbias_sums), and PyTorch adds them
 up in a fixed order. Nothing is added atomically: on one kind of GPU the same input gives the same
@@ -27,27 +29,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.heads import cut_groups, head_width
 from kernels.triton_attention import (
     RUN_TIME,
     Part,
-    Tiles,
     arithmetic,
-    at_edge,
     bias_tile,
-    computable,
     exp_minus,
+    keep_apart,
     laid_out,
     load_head,
     locate,
-    options,
     parts_of,
     programs_for,
+    readable,
     store_head,
 )
+from kernels.triton_tiles import options, target_of, tiles_for
+
+ENTRIES = 16                         # of the table, for a program of dtable_kernel: 16 × n numbers
 
 
 # ---- 1. windows of 64 tokens: one tile ----------------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 27 KB read and written, 1.2 MFLOP in five products,
+# For a window and head of d = 32 in bfloat16: 29 KB read and written, 1.3 MFLOP in five products,
 # 4,096 exponentials. P, dP, dS, bias and dbias are 4,096 numbers each, 32 a thread.
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_64_kernel(
@@ -67,127 +71,180 @@ def backward_64_kernel(
         FIRST_HEAD: tl.constexpr,
         HEADS: tl.constexpr,
         HEAD_DIM: tl.constexpr,
-        BLOCK_D: tl.constexpr,
         WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
         SHIFTED: tl.constexpr,
         PRECISION: tl.constexpr):
-    """A program takes one head and goes from window to window, as in the forward pass.
-
-    The mask is applied in every window, where regions are all equal it changes nothing: asking
-    whether a window is at an edge would cost registers, and they would spill.
-    """
+    """A program takes one head and goes from window to window, as in the forward pass."""
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
     head = FIRST_HEAD + tl.program_id(0) % HEADS
     program = tl.program_id(0) // HEADS
     token = tl.arange(0, 64)
-    bias = bias_tile(table + head, token, token, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
+    query = token[:, None]
+    key = token[None, :]
+    bias = bias_tile(table + head, query, key, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
     dbias = tl.zeros([64, 64], tl.float32)
     qkv += head * HEAD_DIM
     dqkv += head * HEAD_DIM
     dout += head * HEAD_DIM
     for window in range(program, windows, programs):
-        row, inside, region = locate(
-            window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-        do = load_head(dout, row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
+        row, inside = locate(window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
+        do = load_head(dout, row, inside, CHANNELS, HEAD_DIM)
         saved = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * 64 + token
         row_lse = tl.load(lse + saved)
-        k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-        v = load_head(qkv + 2 * CHANNELS, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM)
+        v = load_head(qkv + 2 * CHANNELS, row, inside, STRIDE, HEAD_DIM)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
         if SHIFTED:
-            s = tl.where(region[:, None] == region[None, :], s, s - 100.0)
-        p = exp_minus(s, row_lse)
+            s = keep_apart(s, window, query, key, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+        p = exp_minus(s, row_lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         dbias += ds
         dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision=PRECISION)
-        store_head(dqkv + 2 * CHANNELS, dv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        store_head(dqkv + 2 * CHANNELS, dv, row, inside, STRIDE, HEAD_DIM)
         ds = ds.to(v.dtype)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-        store_head(dqkv + CHANNELS, dk, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        store_head(dqkv + CHANNELS, dk, row, inside, STRIDE, HEAD_DIM)
         dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-        store_head(dqkv, dq, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        store_head(dqkv, dq, row, inside, STRIDE, HEAD_DIM)
     place = (program * HEADS + head - FIRST_HEAD) * 64 * 64
     tl.store(dbias_sums + place + token[:, None] * 64 + token[None, :], dbias)
 
 
-# ---- 2. windows of 256 tokens: dq, dk, dv -------------------------------------------------------
-# For a window and head of d = 30 in bfloat16: 123 KB read and written, 20 MFLOP in five products,
-# 65,536 exponentials. Here, too, the mask is applied in every window, for want of registers.
+# ---- 2. windows of 256 tokens, for some queries: dq ---------------------------------------------
+# For a window and head of d = 32 in bfloat16: 98 KB read and written (k and v by each tile of
+# queries, three times of four from the cache), 13 MFLOP in three products, 65,536 exponentials.
 @triton.jit(do_not_specialize=RUN_TIME)
-def backward_256_kernel(
+def queries_256_kernel(
         qkv,                         # as above
         table,                       # (all heads, T)
         lse,                         # (windows, HEADS, 256) float32, from the forward pass
         dout,                        # as above
-        dqkv,
+        dqkv,                        # as above; here the part of q is written
         out,                         # (B, H, W, CHANNELS)
-        delta,                       # (windows, HEADS, 256) float32, written for dbias_256_kernel
+        delta,                       # (windows, HEADS, 256) float32, written for the next two
         H, W, rows, columns, dy, dx, windows, scale,
         CHANNELS: tl.constexpr,
         FIRST_HEAD: tl.constexpr,
         HEADS: tl.constexpr,
         HEAD_DIM: tl.constexpr,
-        BLOCK_D: tl.constexpr,
         WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
         SHIFTED: tl.constexpr,
         PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr,       # queries of a program
         BLOCK_N: tl.constexpr):      # keys of a step
-    """A program takes one window and head, all queries, and the keys BLOCK_N at a time.
+    """A program takes BLOCK_M queries of one window and head, and all keys, BLOCK_N at a time.
 
-    As all queries are there, dk and dv of a step are complete at once; dq grows from step to step.
-    A row of P is never complete, so delta comes from out and dout.
+    As in the forward pass; but lse is known, so that no maximum is wanted. A row of P is never
+    complete here, so delta comes from out and dout.
     """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
     head = FIRST_HEAD + tl.program_id(0) % HEADS
-    window = tl.program_id(0) // HEADS
-    query = tl.arange(0, N)
+    tile = tl.program_id(0) // HEADS % (N // BLOCK_M)
+    window = tl.program_id(0) // HEADS // (N // BLOCK_M)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
-    dqkv += head * HEAD_DIM
-    row, inside, region = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-    q = load_head(qkv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-    do = load_head(dout + head * HEAD_DIM, row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
-    o = load_head(out + head * HEAD_DIM, row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
+    row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+    q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
+    do = load_head(dout + head * HEAD_DIM, row, inside, CHANNELS, HEAD_DIM)
+    o = load_head(out + head * HEAD_DIM, row, inside, CHANNELS, HEAD_DIM)
     saved = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * N + query
     row_lse = tl.load(lse + saved)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + saved, row_delta)
-    dq = tl.zeros([N, BLOCK_D], tl.float32)
+    dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for start in range(0, N, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        key_row, key_inside, key_region = locate(
+        key_row, key_inside = locate(
             window, key, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        bias = bias_tile(table + head * TABLE, query, key, 1, WINDOW_H, WINDOW_W)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s += bias_tile(table + head * TABLE, query[:, None], key[None, :], 1, WINDOW_H, WINDOW_W)
         if SHIFTED:
-            s = tl.where(region[:, None] == key_region[None, :], s, s - 100.0)
-        p = exp_minus(s, row_lse)
+            s = keep_apart(s, window, query[:, None], key[None, :], rows, columns, dy, dx,
+                           WINDOW_H, WINDOW_W)
+        p = exp_minus(s, row_lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
-        dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision=PRECISION)
-        store_head(dqkv + 2 * CHANNELS, dv, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        ds = ds.to(v.dtype)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-        store_head(dqkv + CHANNELS, dk, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        dq += tl.dot(ds, k, input_precision=PRECISION)
-    store_head(dqkv, dq * scale, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+    store_head(dqkv + head * HEAD_DIM, dq * scale, row, inside, STRIDE, HEAD_DIM)
 
 
-# ---- 3. windows of 256 tokens: the gradient of the bias -----------------------------------------
-# For a window and head of d = 30 in bfloat16: 61 KB, each of them read by four tiles (from the
-# cache), 7.9 MFLOP in two products and 65,536 exponentials, both done a second time only for this.
+# ---- 3. windows of 256 tokens, for some keys: dk and dv -----------------------------------------
+# For a window and head of d = 32 in bfloat16: 98 KB read and written (q and dout by each tile of
+# keys, mostly from the cache), 17 MFLOP in four products; the 65,536 exponentials once more.
+@triton.jit(do_not_specialize=RUN_TIME)
+def keys_256_kernel(
+        qkv,                         # as above
+        table,
+        lse,
+        dout,
+        dqkv,                        # here the parts of k and v are written
+        delta,                       # (windows, HEADS, 256) float32, from queries_256_kernel
+        H, W, rows, columns, dy, dx, windows, scale,
+        CHANNELS: tl.constexpr,
+        FIRST_HEAD: tl.constexpr,
+        HEADS: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
+        WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+        SHIFTED: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr,       # queries of a step
+        BLOCK_N: tl.constexpr):      # keys of a program
+    """A program takes BLOCK_N keys of one window and head, and all queries, BLOCK_M at a time.
+
+    Its tiles are transposed, a row for each key: so Pᵀ and dSᵀ, the left factors of dv and dk, are
+    where the products made them, in registers.
+    """
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
+    STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
+    head = FIRST_HEAD + tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS % (N // BLOCK_N)
+    window = tl.program_id(0) // HEADS // (N // BLOCK_N)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    qkv += head * HEAD_DIM
+    dqkv += head * HEAD_DIM
+    key_row, key_inside = locate(
+        window, key, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+    k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+    v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+    dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for start in range(0, N, BLOCK_M):
+        query = start + tl.arange(0, BLOCK_M)
+        row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
+        do = load_head(dout + head * HEAD_DIM, row, inside, CHANNELS, HEAD_DIM)
+        saved = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * N + query
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        s += bias_tile(table + head * TABLE, query[None, :], key[:, None], 1, WINDOW_H, WINDOW_W)
+        if SHIFTED:
+            s = keep_apart(s, window, query[None, :], key[:, None], rows, columns, dy, dx,
+                           WINDOW_H, WINDOW_W)
+        p = exp_minus(s, tl.load(lse + saved)[None, :])
+        dv += tl.dot(p.to(v.dtype), do, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - tl.load(delta + saved)[None, :])
+        dk += tl.dot(ds.to(v.dtype), q, input_precision=PRECISION)
+    store_head(dqkv + CHANNELS, dk * scale, key_row, key_inside, STRIDE, HEAD_DIM)
+    store_head(dqkv + 2 * CHANNELS, dv, key_row, key_inside, STRIDE, HEAD_DIM)
+
+
+# ---- 4. windows of 256 tokens: the gradient of the bias -----------------------------------------
+# For a window and head of d = 32 in bfloat16: 66 KB, each of them read by four tiles (from the
+# cache), 8.4 MFLOP in two products and 65,536 exponentials, both done a third time only for this.
 @triton.jit(do_not_specialize=RUN_TIME)
 def dbias_256_kernel(
         qkv,                         # as above
         table,
         lse,
         dout,
-        delta,                       # (windows, HEADS, 256) float32, from backward_256_kernel
+        delta,                       # (windows, HEADS, 256) float32, from queries_256_kernel
         dbias_sums,                  # (programs, HEADS, 256, 256) float32
         H, W, rows, columns, dy, dx, windows, scale,
         programs,                    # how many share the windows, for each head and tile
@@ -195,16 +252,12 @@ def dbias_256_kernel(
         FIRST_HEAD: tl.constexpr,
         HEADS: tl.constexpr,
         HEAD_DIM: tl.constexpr,
-        BLOCK_D: tl.constexpr,
         WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
         SHIFTED: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr,       # queries of a tile
         BLOCK_N: tl.constexpr):      # keys of a tile
-    """A program takes one head and one tile of scores, and goes from window to window.
-
-    Here there are registers enough to ask whether a window is at an edge.
-    """
+    """A program takes one head and one tile of scores, and goes from window to window."""
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     TILES: tl.constexpr = (N // BLOCK_M) * (N // BLOCK_N)
@@ -216,29 +269,29 @@ def dbias_256_kernel(
     key = tile % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head * HEAD_DIM
     dout += head * HEAD_DIM
-    bias = bias_tile(table + head * TABLE, query, key, 1, WINDOW_H, WINDOW_W)
+    bias = bias_tile(table + head * TABLE, query[:, None], key[None, :], 1, WINDOW_H, WINDOW_W)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for window in range(program, windows, programs):
-        row, inside, region = locate(
-            window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        key_row, key_inside, key_region = locate(
+        row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
+        key_row, key_inside = locate(
             window, key, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
-        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM, BLOCK_D)
-        do = load_head(dout, row, inside, CHANNELS, HEAD_DIM, BLOCK_D)
-        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
-        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM, BLOCK_D)
+        q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
+        do = load_head(dout, row, inside, CHANNELS, HEAD_DIM)
+        k = load_head(qkv + CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
+        v = load_head(qkv + 2 * CHANNELS, key_row, key_inside, STRIDE, HEAD_DIM)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        if SHIFTED and at_edge(window, rows, columns):
-            s = tl.where(region[:, None] == key_region[None, :], s, s - 100.0)
+        if SHIFTED:
+            s = keep_apart(s, window, query[:, None], key[None, :], rows, columns, dy, dx,
+                           WINDOW_H, WINDOW_W)
         saved = (window * HEADS + head - FIRST_HEAD).to(tl.int64) * N + query
-        p = exp_minus(s, tl.load(lse + saved))
+        p = exp_minus(s, tl.load(lse + saved)[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         dbias += p * (dp - tl.load(delta + saved)[:, None])
     place = (program * HEADS + head - FIRST_HEAD) * N * N
     tl.store(dbias_sums + place + query[:, None] * N + key[None, :], dbias)
 
 
-# ---- 4. from the (n, n) bias to its table -------------------------------------------------------
+# ---- 5. from the (n, n) bias to its table -------------------------------------------------------
 # For a head: n² numbers of dbias are read once and added up, 16 KB for n = 64, 262 KB for n = 256;
 # written are 225 and 945 numbers. That is little beside the windows.
 @triton.jit
@@ -269,37 +322,6 @@ def dtable_kernel(
     tl.store(dtable + entry * ALL_HEADS + FIRST_HEAD + head, total, mask=in_table)
 
 
-# ---- tile sizes ---------------------------------------------------------------------------------
-# Chosen as in triton_attention.py: no spilled register (with one exception, named below), then as
-# many programs at once as possible. `registers` is the most over head widths and window shapes.
-
-# P, dP (then dS), the bias and dbias are 32 numbers a thread each on 4 warps: up to 248 registers
-# in bfloat16. float32 spills there: TensorFloat-32 needs 8 warps, full float32 needs 16.
-BACKWARD_64 = {
-    "bf16": Tiles({}, warps=4, stages=2, registers=248),
-    "tf32": Tiles({}, warps=8, stages=1, registers=255),
-    "ieee": Tiles({}, warps=16, stages=1, registers=96),
-}
-
-# 256 queries and 16 keys on 16 warps: 8 scores a thread. 32 keys spill. The exception: in full
-# float32, windows of 32×8 spill 40 bytes a thread even so.
-BACKWARD_256 = {
-    "bf16": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=104),
-    "tf32": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=104),
-    "ieee": Tiles(dict(BLOCK_N=16), warps=16, stages=1, registers=128),
-}
-
-# The scores, the bias and dbias are 64×64 numbers each. More warps a program mean fewer registers a
-# thread, and so more warps at once on a multiprocessor. TensorFloat-32: 8 a program, 16 at once (4
-# a program: 12 at once). Full float32: 16 a program, 16 at once (4 a program: 8 at once).
-DBIAS_256 = {
-    "bf16": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=4, stages=1, registers=168),
-    "tf32": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=8, stages=1, registers=128),
-    "ieee": Tiles(dict(BLOCK_M=64, BLOCK_N=64), warps=16, stages=1, registers=88),
-}
-ENTRIES = 16                         # of the table, for a program of dtable_kernel: 16 × n numbers
-
-
 # ---- launches -----------------------------------------------------------------------------------
 def backward(
         qkv: Tensor, bias_table: Tensor, out: Tensor, lse: Tensor, dout: Tensor, heads: int,
@@ -311,60 +333,66 @@ def backward(
     if qkv.numel() == 0:
         return torch.empty_like(qkv), torch.zeros_like(bias_table)
     B, H, W, width = qkv.shape
+    d = width // 3 // heads
+    head_dim = head_width(d)
     tokens = window[0] * window[1]
     numbers = arithmetic(qkv.dtype)
     table = laid_out(bias_table, tokens)
-    work = computable(qkv).contiguous()
-    out = computable(out).contiguous()
-    dout = computable(dout).contiguous()
+    work = readable(qkv, 3 * heads, head_dim)
+    out = readable(out, heads, head_dim)
+    dout = readable(dout, heads, head_dim)
     dqkv = torch.empty_like(work)
     dtable = bias_table.new_empty(bias_table.shape)
     with torch.cuda.device_of(qkv):
         for i, part in enumerate(parts_of((B, H, W), heads, window, shift, crossed)):
-            fixed = part.compile_time(width // 3, heads, numbers)
-            arguments = part.run_time(H, W, scale) | fixed
+            arguments = part.run_time(H, W, scale) | part.compile_time(heads, head_dim)
             tensors = (work, table, lse[i], dout)
             if tokens == 64:
                 dbias = launch_64(part, numbers, (*tensors, dqkv), arguments)
             else:
                 dbias = launch_256(part, numbers, tensors, dqkv, out, arguments)
             launch_dtable(part, dbias, dtable)
-    return dqkv.to(qkv.dtype), dtable
+    return cut_groups(dqkv, 3 * heads, d).to(qkv.dtype), dtable
 
 
 def launch_64(part: Part, numbers: str, tensors: tuple, arguments: dict) -> Tensor:
     """Launches `backward_64_kernel`; tensors are its first five. Returns dbias (heads, 64, 64)."""
-    tiles = BACKWARD_64[numbers]
     lse = tensors[2]
+    tiles = tiles_for("backward_64", numbers, target_of(lse.device))
     programs = programs_for(part.windows, part.heads, tiles, lse.device)
     dbias_sums = lse.new_empty(programs, part.heads, 64, 64)
     grid = (part.heads * programs,)
     backward_64_kernel[grid](
-        *tensors, dbias_sums, programs=programs, **arguments, **options(tiles))
+        *tensors, dbias_sums, programs=programs, **arguments, **tiles.constants, **options(tiles))
     return dbias_sums.sum(0)
 
 
 def launch_256(
         part: Part, numbers: str, tensors: tuple, dqkv: Tensor, out: Tensor,
         arguments: dict) -> Tensor:
-    """Launches both kernels for 256 tokens; tensors are the first four of either.
+    """Launches the three kernels for 256 tokens; tensors are the first four of each.
 
     Returns dbias (heads, 256, 256).
     """
-    tiles = BACKWARD_256[numbers]
     lse = tensors[2]
+    target = target_of(lse.device)
     delta = torch.empty_like(lse)
-    grid = (part.heads * part.windows,)
-    backward_256_kernel[grid](
-        *tensors, dqkv, out, delta, **arguments, **tiles.blocks, **options(tiles))
+    tiles = tiles_for("queries_256", numbers, target)
+    grid = (part.heads * (256 // tiles.blocks["BLOCK_M"]) * part.windows,)
+    queries_256_kernel[grid](
+        *tensors, dqkv, out, delta, **arguments, **tiles.constants, **options(tiles))
 
-    tiles = DBIAS_256[numbers]
+    tiles = tiles_for("keys_256", numbers, target)
+    grid = (part.heads * (256 // tiles.blocks["BLOCK_N"]) * part.windows,)
+    keys_256_kernel[grid](*tensors, dqkv, delta, **arguments, **tiles.constants, **options(tiles))
+
+    tiles = tiles_for("dbias_256", numbers, target)
     blocks = (256 // tiles.blocks["BLOCK_M"]) * (256 // tiles.blocks["BLOCK_N"])
     programs = programs_for(part.windows, part.heads * blocks, tiles, lse.device)
     dbias_sums = lse.new_empty(programs, part.heads, 256, 256)
     grid = (part.heads * blocks * programs,)
     dbias_256_kernel[grid](
-        *tensors, delta, dbias_sums, programs=programs, **arguments, **tiles.blocks,
+        *tensors, delta, dbias_sums, programs=programs, **arguments, **tiles.constants,
         **options(tiles))
     return dbias_sums.sum(0)
 

@@ -15,14 +15,13 @@ memory. The shuffle is nothing but the address of the store, and the bias is add
 64 -> 256 channels, r = 2, on 320×180 in bfloat16: 37 MB and 17 GFLOP, 460 FLOP a byte; an H100
 needs about 300 to be busy, so the tensor cores are what takes the time, and traffic is next.
 """
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import switch
+from kernels.triton_tiles import conv_tiles, options, target_of
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 
@@ -39,7 +38,7 @@ def conv_shuffle_kernel(
         OUT: tl.constexpr,           # O, the channels of out
         R: tl.constexpr,
         BIAS: tl.constexpr,          # whether there is a bias
-        PRECISION: tl.constexpr,     # of float32 products: "tf32" or "ieee"
+        PRECISION: tl.constexpr,     # of float32 products, see triton_tiles.py
         BLOCK_M: tl.constexpr,       # pixels of a program
         BLOCK_N: tl.constexpr,       # columns of a program
         BLOCK_K: tl.constexpr):      # channels of a step
@@ -88,55 +87,12 @@ def conv_shuffle_kernel(
              mask=in_pixels[:, None] & in_columns[None, :])
 
 
-# ---- tile sizes ---------------------------------------------------------------------------------
-class Tiles(NamedTuple):
-    """How the kernel is compiled."""
-    pixels: int                      # BLOCK_M
-    columns: int                     # BLOCK_N
-    depth: int                       # BLOCK_K
-    warps: int                       # of 32 threads
-    stages: int                      # steps whose loads are under way at the same time
+# ---- launch --------------------------------------------------------------------------------------
+def compile_time(C: int, outputs: int, r: int, bias: bool) -> dict:
+    """What the kernel is compiled for, beside its tiles."""
+    return dict(C=C, OUT=outputs, R=r, BIAS=bias)
 
 
-# A tile of 128×128 makes 128 FLOP of each number that it loads, one of 128×64 makes 85 and one of
-# 64×64 makes 64; larger ones do not fit into the registers (128×128 are 64 numbers a thread on 8
-# warps). A step of 64 channels in bfloat16, or of 32 in float32, is 128 bytes of a pixel, a whole
-# cache line. Loads run 3 steps ahead: 3·(128 + 128)·128 bytes = 98 KB of shared memory.
-WIDE = {                             # more than 64 columns; by bytes of a number
-    2: Tiles(128, 128, 64, warps=8, stages=3),
-    4: Tiles(128, 128, 32, warps=8, stages=3),
-}
-NARROW = {                           # 64 columns or fewer: a picture with 3 channels at any r <= 4
-    2: Tiles(128, 64, 64, warps=8, stages=3),
-    4: Tiles(64, 64, 32, warps=8, stages=2),
-}
-
-
-def tiles_for(C: int, columns: int, size: int) -> Tiles:
-    """The tiles for C channels, O·r² columns and numbers of `size` bytes."""
-    tiles = WIDE[size] if columns > 64 else NARROW[size]
-    return tiles._replace(depth=min(tiles.depth, max(16, triton.next_power_of_2(C))))
-
-
-def options(tiles: Tiles) -> dict:
-    """Triton's own options; a·b + c may be rounded once, whatever the default of this Triton is."""
-    return dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
-
-
-def compile_time(C: int, outputs: int, r: int, bias: bool, numbers: str, tiles: Tiles) -> dict:
-    """What the kernel is compiled for; numbers are "bf16", "tf32" or "ieee"."""
-    return dict(
-        C=C,
-        OUT=outputs,
-        R=r,
-        BIAS=bias,
-        PRECISION="ieee" if numbers == "ieee" else "tf32",            # bfloat16 has no choice
-        BLOCK_M=tiles.pixels,
-        BLOCK_N=tiles.columns,
-        BLOCK_K=tiles.depth)
-
-
-# ---- launch -------------------------------------------------------------------------------------
 def arithmetic(dtype: torch.dtype) -> str:
     """"bf16" for bfloat16; for float32 "tf32" (TensorFloat-32) or "ieee" (in full).
 
@@ -145,6 +101,12 @@ def arithmetic(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         return "bf16"
     return "tf32" if switch.allows_tf32("conv") else "ieee"
+
+
+def readable(x: Tensor) -> Tensor:
+    """x in channels-last memory, at an address that 16-byte loads can have."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
@@ -157,11 +119,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
     columns = len(weight)
     outputs = columns // r**2
     dtype = x.dtype
-    if INTERPRETED:                                   # it multiplies bfloat16 matrices wrongly
+    if INTERPRETED and dtype == torch.bfloat16:       # it multiplies bfloat16 matrices wrongly
         x = x.float()
         weight = weight.float()
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    x = readable(x)
+    weight = readable(weight)
     out = torch.empty(
         (N, outputs, H * r, W * r),
         dtype=x.dtype,
@@ -169,11 +131,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
         memory_format=torch.channels_last)
     if out.numel() == 0:
         return out.to(dtype)
-    tiles = tiles_for(C, columns, x.element_size())
-    constants = compile_time(C, outputs, r, bias is not None, arithmetic(dtype), tiles)
+    tiles = conv_tiles(C, columns, arithmetic(dtype), target_of(x.device))
+    constants = compile_time(C, outputs, r, bias is not None) | tiles.constants
     bias = weight if bias is None else bias.contiguous()         # some pointer there must be
-    pixel_tiles = triton.cdiv(N * H * W, tiles.pixels)
-    column_tiles = triton.cdiv(columns, tiles.columns)
+    pixel_tiles = triton.cdiv(N * H * W, tiles.blocks["BLOCK_M"])
+    column_tiles = triton.cdiv(columns, tiles.blocks["BLOCK_N"])
     with torch.cuda.device_of(x):
         conv_shuffle_kernel[(pixel_tiles * column_tiles,)](
             x, weight, bias, out, H, W, N * H * W, **constants, **options(tiles))

@@ -5,7 +5,7 @@ import torch
 import kernels
 import models
 from kernels import pixel_shuffle
-from tiny import difference, fill, golden, rule, tiny_dat, tiny_drn, tiny_swinir
+from tiny import difference, fill, golden, golden_channels, rule, tiny_dat, tiny_drn, tiny_swinir
 from triton_path import DEVICE, GPU, attention, chosen_triton, coarse_tiles, needs_triton
 
 GOLDEN = golden("swinir") | golden("dat")
@@ -64,6 +64,20 @@ def test_networks_are_the_same_with_the_kernels(tiny, convolutions, attentions, 
     for a, b in zip(plain, fused):
         assert (a is None) == (b is None)
         assert a is None or (a - b).norm() <= 1e-3 * a.norm() + 1e-4
+
+
+@needs_triton
+def test_golden_outputs_of_a_pruned_and_padded_network_hold_with_the_kernels(triton, calls):
+    """SwinIR-light as the authors pruned it, its heads of 6 to 10 channels padded to 16."""
+    expected = GOLDEN["swinir_light_drc_x4"]
+    channels = golden_channels("swinir_light_drc_channel_config")
+    model = fill(models.build("swinir_light", 4, channels)).eval().requires_grad_(False)
+    model.pad()
+    case = expected["cases"][0]
+    low = rule.image(case["seed"], case["n"], case["h"], case["w"]).to(DEVICE)
+    image = model.to(DEVICE)(low).images[4]
+    assert calls.count("attention") == 24
+    assert difference(image.cpu(), case["sr"]) < 1e-4
 
 
 @pytest.mark.skipif(not GPU, reason="whole networks take the interpreter too long")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import pixel_shuffle
-from triton_path import DEVICE, GPU, chosen_triton, needs_triton
+from triton_path import DEVICE, GPU, chosen_triton, needs_triton, triton_pixel_shuffle
 
 SHAPES = {                                                # N, C, H, W, O, r, bias
     "rgb": (2, 60, 7, 9, 3, 4, True),                     # 48 columns, 126 pixels: ragged tiles
@@ -110,6 +110,28 @@ def test_kernel_errs_as_pytorch_does_against_float64(name, dtype, floor, triton)
     for exact, ordinary, ours in zip(expected, plain, fused):
         allowed = 2 * (ordinary - exact).norm() + floor * exact.norm()
         assert (ours - exact).norm() < allowed
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="a GPU shows it in bfloat16")
+def test_kernel_rounds_numbers_of_16_bits(triton):
+    """float16 is refused by the operation, but the interpreter can do it, unlike bfloat16."""
+    case = random_case(1, 20, 3, 5, 3, 2, True)
+    expected = pixel_shuffle.torch_path(*case.inputs, 2).double()
+    out = triton_pixel_shuffle.forward(*(tensor.half() for tensor in case.inputs), 2)
+    assert out.dtype == torch.float16
+    assert 1e-5 < (out - expected).norm() / expected.norm() < 1e-3
+
+
+@needs_triton
+def test_inputs_may_begin_anywhere_in_memory(triton):
+    inputs = random_case(1, 4, 3, 5, 2, 2, True).inputs
+    expected = kernels.conv3x3_pixel_shuffle(*inputs, 2)
+    views = []
+    for tensor in inputs:
+        memory = torch.empty(tensor.numel() + 1, device=DEVICE)
+        views.append(memory[1:].view(tensor.shape).copy_(tensor))
+    assert torch.equal(kernels.conv3x3_pixel_shuffle(*views, 2), expected)
 
 
 @needs_triton

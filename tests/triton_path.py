@@ -29,6 +29,7 @@ try:
             patch.setenv("TRITON_INTERPRET", "1")
             forget_triton()
         from kernels import triton_attention, triton_attention_backward, triton_pixel_shuffle
+        from kernels.triton_tiles import TILES
 except ImportError:
     triton_attention = triton_attention_backward = triton_pixel_shuffle = None
 
@@ -68,14 +69,12 @@ def coarse_tiles():
 
     The interpreter's time goes by the number of tiles. On a GPU nothing changes.
     """
-    tables = (triton_attention.FORWARD_256, triton_attention_backward.BACKWARD_256,
-              triton_attention_backward.DBIAS_256)
     with pytest.MonkeyPatch.context() as patch:
         if not GPU:
-            for table in tables:
-                for numbers, tiles in table.items():
+            for key, tiles in list(TILES.items()):
+                if key[0].endswith("_256"):
                     large = dict.fromkeys(tiles.blocks, 128)
-                    patch.setitem(table, numbers, tiles._replace(blocks=large))
+                    patch.setitem(TILES, key, tiles._replace(blocks=large))
             for module in (triton_attention, triton_attention_backward):
                 patch.setattr(module, "programs_for", two_programs)
         yield
