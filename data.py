@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import download
 import leaves
@@ -50,7 +49,7 @@ from degradation import (
     reduce_images,
 )
 from files import EXTENSIONS, Decoded, decode, list_pictures, size, write_image
-from run import command
+from run import Bar, command
 
 __all__ = ["EXTENSIONS", "KINDS", "Decoded", "Picture", "Pictures", "batches", "blind",
            "blind_kernels", "blur_images", "corrected_kernel", "decode", "degrade", "generate",
@@ -168,7 +167,7 @@ def generate(count: int, side: int, scales: Sequence[int], seed: int,
                          f"{scales[-1]}")
     names = [f"leaves{i:04d}" for i in range(count)]
     originals = leaves.draw([(seed, i) for i in range(count)], side, workers)
-    progress = tqdm(originals, "pictures", count, delay=2)
+    progress = Bar(originals, "pictures", count, delay=2)
     pictures = [reduced(high, scales, name, degradation) for high, name in zip(progress, names)]
     return Pictures(names, pictures.__getitem__, scales)
 

@@ -30,9 +30,7 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from tqdm import tqdm
-
-from run import write_file
+from run import Bar, write_file
 
 TRIES = 5                        # connections in a row that bring nothing new
 TIMEOUT = 30.0                   # seconds without an answer
@@ -102,7 +100,7 @@ def receive(url: str, part: Path) -> None:
         rest = int(answer.headers.get("Content-Length", 0))
         check_space(part.parent, rest)
         with (open(part, "ab" if have else "wb") as file,
-              tqdm(desc=url.rpartition("/")[2], total=have + rest or None, initial=have, unit="B",
+              Bar(desc=url.rpartition("/")[2], total=have + rest or None, initial=have, unit="B",
                    unit_scale=True, delay=2, dynamic_ncols=True) as bar):
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
@@ -189,7 +187,7 @@ def unpack(archive: Path, folder: Path, anchors: tuple[str, ...]) -> int:
             missing = {file: m for file, m in wanted.items() if length(file) != m.size}
             folder.mkdir(parents=True, exist_ok=True)
             check_space(folder, sum(member.size for member in missing.values()))
-            for file, member in tqdm(missing.items(), f"unpack {archive.name}", delay=2):
+            for file, member in Bar(missing.items(), f"unpack {archive.name}", delay=2):
                 write_member(member, file, archive)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError,
             NotImplementedError) as error:

@@ -176,6 +176,14 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.mean(1), teacher.mean(1))
 
 
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """ValueError: the student's features are not to be found in this teacher."""
+    if student.feature and teacher.feature != student.feature:
+        raise ValueError(f"{student.arch} is compared with its teacher by the input of "
+                         f"{student.feature}, which {teacher.arch} has not: give a network of the "
+                         f"same kind")
+
+
 @contextmanager
 def distillation(student: nn.Module, teacher: nn.Module):
     """Yields distance(low, out): how far the student's output `out` for low is from the teacher's.

@@ -10,6 +10,10 @@ pixels cut off every side. MAdds (multiply-adds) are counted as in the same tabl
 Nothing is trained or chosen here. To enlarge your own pictures: upscale.py. Read report.py next,
 which measures the networks of a run.
 """
+import quiet  # noqa: F401, first: what follows takes seconds to import
+
+# isort: split
+
 import argparse
 import copy
 import math
@@ -23,12 +27,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
-from tqdm import tqdm
 
 import data
 import kernels
 import models
-from run import WrongUsage, command
+from run import Bar, WrongUsage, command, filled, real
 from upscale import (
     add_how,
     add_network,
@@ -89,7 +92,7 @@ def ssim_y(a: np.ndarray, b: np.ndarray, crop: int) -> float:
     the mean over all places where the window fits. Arguments and errors as in `psnr_y`; 11×11
     pixels must remain after the crop.
     """
-    y, z = luma_pair(a, b, crop, least=11)
+    y, z = luma_pair(a, b, crop, least=WINDOW)
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     mean_y = window_means(y)
@@ -102,6 +105,7 @@ def ssim_y(a: np.ndarray, b: np.ndarray, crop: int) -> float:
     return float(np.mean(ratio))
 
 
+WINDOW = 11                          # pixels, the side of SSIM's window
 GAUSSIAN = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
 GAUSSIAN /= GAUSSIAN.sum()
 
@@ -166,24 +170,26 @@ class Row(NamedTuple):
     psnr: float                  # dB
     ssim: float
     seconds: float               # of upscaling alone
-    image: np.ndarray            # uint8 (H·s, W·s, 3)
+    image: np.ndarray | None     # uint8 (H·s, W·s, 3); None where it was not kept
     kernel: np.ndarray | None = None         # float32 (k, k), estimated by a blind network
 
 
-def evaluate(upscaler: nn.Module | Callable, pictures: data.Pictures, **options) -> list[Row]:
+def evaluate(upscaler: nn.Module | Callable, pictures: data.Pictures,
+             on_row: Callable[[Row], object] | None = None, **options) -> list[Row]:
     """Measures an upscaler on a set of pictures, one Row each.
 
     upscaler: a network, with `options` of `upscale.upscale` (in training mode it is replaced by
     its `models.inference` copy), or any function from uint8 low to high, such as
     `lambda low: data.imresize(low, 4)`. The original is cut to the size of low times the scale
-    where it is larger, and `scale` pixels are cropped for the measures. ValueError names the
-    picture.
+    where it is larger, and `scale` pixels are cropped for the measures. on_row: takes each Row when
+    it is measured; the rows that are returned then hold no images, which would fill the memory.
+    ValueError names the picture.
     """
     model = upscaler if isinstance(upscaler, nn.Module) else None
     if model and model.training:
         model = models.inference(model)
     rows = []
-    for i in tqdm(range(len(pictures)), desc="evaluate", unit="picture", leave=False, delay=2):
+    for i in Bar(range(len(pictures)), desc="evaluate", unit="picture", leave=False, delay=2):
         images = pictures[i].images
         scale, low = max(images), images[1]
         height, width = low.shape[:2]
@@ -201,15 +207,17 @@ def evaluate(upscaler: nn.Module | Callable, pictures: data.Pictures, **options)
             ssim = ssim_y(image, truth, scale)
         except ValueError as error:
             raise ValueError(f"{pictures.names[i]}: {error}") from error
-        rows.append(Row(pictures.names[i], psnr, ssim, seconds, image, kernel))
+        row = Row(pictures.names[i], psnr, ssim, seconds, image, kernel)
+        if on_row:
+            on_row(row)
+            row = row._replace(image=None)
+        rows.append(row)
     return rows
 
 
 # ---- the command --------------------------------------------------------------------------------
 def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using: str) -> None:
     """Prints PSNR-Y and SSIM of every picture beside bicubic's, and the costs of the network."""
-    if args.save:
-        Path(args.save).mkdir(parents=True, exist_ok=True)     # a bad folder fails now, not later
     blind = getattr(model, "kernel_size", 0)
     if blind and args.degradation != "bicubic" and not args.data:
         raise WrongUsage(f"--degradation {args.degradation}: the built-in photographs are blurred "
@@ -218,16 +226,19 @@ def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using
         pictures = data.open_folder(args.data, (1, scale), degradation=args.degradation)
     else:
         pictures = data.photographs((1, scale), blind, args.degradation)
+    keep = drop = lambda row: None
+    if args.save:
+        keep = partial(save, targets=save_targets(args, pictures.names, blind))
     tables = {}
     if model:
         fast = models.inference(model, args.precision, args.device)
         tables[f"{model.arch} x{scale}"] = evaluate(
-            fast, pictures, tile=args.tile or 0, overlap=args.overlap, ensemble=args.self_ensemble)
-    tables["bicubic"] = evaluate(partial(data.imresize, scale=scale), pictures)
+            fast, pictures, keep, tile=args.tile or 0, overlap=args.overlap,
+            ensemble=args.self_ensemble)
+    tables["bicubic"] = evaluate(partial(data.imresize, scale=scale), pictures,
+                                 drop if model else keep)
     rows = next(iter(tables.values()))
     print_rows(tables, scale)
-    if args.save:
-        save(rows, Path(args.save))
     if blind and not args.data:
         errors = [np.abs(row.kernel - pictures[i].kernel).mean() for i, row in enumerate(rows)]
         print(f"blur kernels: mean |k - k*| {np.mean(errors):.2e}")
@@ -262,16 +273,44 @@ def print_cost(model: nn.Module, scale: int) -> None:
           f"{large.madds / 1e9:.2f} G for a 1280x720 output")
 
 
-def save(rows: list[Row], folder: Path) -> None:
-    """Writes the enlarged pictures, and estimated kernels, as PNG."""
-    for row in rows:
-        name = row.name if row.name.endswith(".png") else f"{row.name}.png"
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        data.write_image(file, row.image)
-        if row.kernel is not None:
-            picture = kernel_picture(row.kernel)
-            data.write_image(file.with_name(f"{file.stem}_kernel.png"), picture)
+class Target(NamedTuple):
+    """Where the results of one picture go."""
+    image: Path
+    kernel: Path
+
+
+def save_targets(args: argparse.Namespace, names: list[str], blind: int) -> dict[str, Target]:
+    """{name of a picture: its Target} for --save, with the folders made.
+
+    WrongUsage: something would be overwritten, or become a picture of --data.
+    """
+    folder = Path(args.save)
+    if args.data and real(args.data) in (real(folder), *real(folder).parents):
+        raise WrongUsage(f"--save {folder} lies in --data {args.data}: its pictures would be "
+                         f"overwritten or become more, give another folder")
+    targets = {}
+    taken = {}
+    for name in names:
+        file = folder / (name if name.endswith(".png") else f"{name}.png")
+        targets[name] = Target(file, file.with_name(f"{file.stem}_kernel.png"))
+        for path in targets[name] if blind else (file,):
+            if path in taken:
+                raise WrongUsage(f"{taken[path]} and {name} would both be written to {path}: "
+                                 f"rename one")
+            if path.exists() and not args.force:
+                raise WrongUsage(f"{path} exists already: give another --save, or --force to "
+                                 f"overwrite it")
+            taken[path] = name
+    for target in targets.values():
+        target.image.parent.mkdir(parents=True, exist_ok=True)
+    return targets
+
+
+def save(row: Row, targets: dict[str, Target]) -> None:
+    """Writes an enlarged picture, and the estimated kernel, as PNG."""
+    data.write_image(targets[row.name].image, row.image)
+    if row.kernel is not None:
+        data.write_image(targets[row.name].kernel, kernel_picture(row.kernel))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -281,11 +320,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="To enlarge your own pictures: python upscale.py photo.jpg --weights FILE")
     add_network(parser)
     add = parser.add_argument_group("pictures").add_argument
-    add("--data", metavar="DIR", help="a folder of pictures (default: eight built-in "
+    add("--data", type=filled, metavar="DIR", help="a folder of pictures (default: eight built-in "
         "photographs, for dcls blurred)")
     add("--degradation", choices=data.KINDS, default="bicubic",
         help="how small images are made of originals (default bicubic)")
-    add("--save", metavar="DIR", help="write the enlarged pictures, and estimated kernels, as PNG")
+    add("--save", type=filled, metavar="DIR",
+        help="write the enlarged pictures, and estimated kernels, as PNG")
+    add("--force", action="store_true", help="overwrite results that exist")
     add_how(parser, "0: none (default 0)")
     args = parser.parse_args(argv)
     check_network(parser, args)

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
-from run import WrongUsage, write_file
+from run import WrongUsage, real, write_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 1 << 29  # the largest picture read: 536 million pixels, 1.6 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is lower and warns; `decode` checks ours
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # of a PNG's comments and colour profile; Pillow's is 1 MB
+# What Pillow may take a file for, whatever it is called. It knows many more, and one of them, EPS,
+# starts a program (Ghostscript) on what the file says.
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000")
+ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 SAVE_OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
 
 
@@ -49,16 +58,16 @@ class Decoded(NamedTuple):
 
 
 def decode(path: str | os.PathLike) -> Decoded:
-    """Reads any picture file that Pillow can read, turned upright as its EXIF tag says.
+    """Reads a picture file of one of KINDS, turned upright as its EXIF tag says.
 
     Of several frames it is the first. 16-bit grey becomes 8-bit by division by 257, rounded
     (65535 → 255). Colour profiles are ignored.
     Raises ValueError, naming the file, where it is missing, damaged, no picture or too large.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.width * image.height <= MAX_PIXELS:
-                return to_arrays(ImageOps.exif_transpose(image))
+                return to_arrays(image)
             pixels = f"{image.width}x{image.height}"
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None
@@ -69,26 +78,62 @@ def decode(path: str | os.PathLike) -> Decoded:
                      f"smaller pictures")
 
 
+def open_picture(path: str | os.PathLike) -> Image.Image:
+    """Opens a picture file of one of KINDS and reads its header."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder or a device")         # a pipe would be waited for for ever
+    return Image.open(path, formats=KINDS)
+
+
 def to_arrays(image: Image.Image) -> Decoded:
     """Converts any mode of Pillow's; alpha comes from the mode or from a transparent colour."""
     if image.mode == "F":
         raise ValueError("it holds floating-point values, save it with 8 or 16 bits")
+    grey = "LA;16B" in raw_modes(image)      # of grey with alpha, 16 bits, Pillow makes RGBA
+    turn = UPRIGHT.get(orientation(image))
     if image.mode.startswith("I"):  # I;16 in both byte orders, and I, Pillow's mode of 16-bit PGM
         image = to_8_bit(image)
-    grey = image.mode in ("1", "L", "LA", "La")
+    if turn is not None:
+        image = image.transpose(turn)
+    grey = grey or image.mode in ("1", "L", "LA", "La")
     if not image.has_transparency_data:
         return Decoded(np.array(image.convert("RGB")), None, grey)
     rgba = np.array(image.convert("RGBA"))
     return Decoded(np.ascontiguousarray(rgba[..., :3]), rgba[..., 3].copy(), grey)
 
 
+def orientation(image: Image.Image) -> int:
+    """What EXIF says of how the camera was held; 1, upright, where it cannot be read.
+
+    (ImageOps.exif_transpose also writes the other EXIF data anew, and fails where they are broken.)
+    """
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:                        # Pillow's parser raises nearly anything
+        return 1
+
+
+def raw_modes(image: Image.Image) -> list[str]:
+    """How the samples lie in the file before they are decoded: "RGB", "RGB;16B", "LA;16B"."""
+    modes = []
+    for _, _, _, arguments in image.tile:
+        first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+        modes.append(str(first))
+    return modes
+
+
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey: 65535 / 257 = 255, so white stays white."""
+    """Converts 16-bit grey: 65535 / 257 = 255, so white stays white; one grey may be transparent.
+    """
     wide = np.asarray(image).astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
         raise ValueError("it holds values outside 0..65535, save it with 8 or 16 bits")
-    rounded = (wide + 128) // 257
-    return Image.fromarray(rounded.astype(np.uint8))
+    rounded = ((wide + 128) // 257).astype(np.uint8)
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return Image.fromarray(rounded)
+    seen = np.where(wide == key, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.dstack([rounded, seen]))       # LA
 
 
 def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
@@ -146,6 +191,8 @@ def find_inputs(given: list[str]) -> list[tuple[Path, Path]]:
     found = []
     for text in given:
         path = Path(text)
+        if not text:
+            raise WrongUsage("a picture's name is empty: give a file, a folder or a pattern")
         if path.is_dir():
             files = list_pictures(path)
             names = [file.relative_to(path) for file in files]
@@ -213,8 +260,8 @@ def without_results(jobs: list[Job], given: list[str], scale: int) -> list[Job]:
 
     scale: as in `plan`; photo_x4.png beside photo.jpg is a result, unless it was given by name.
     """
-    named = {Path(text).resolve() for text in given}
-    resolved = [(job.source.resolve(), job.target.resolve()) for job in jobs]
+    named = {real(Path(text)) for text in given}
+    resolved = [(real(job.source), real(job.target)) for job in jobs]
     results = {target for source, target in resolved if target != source}
     results |= {source.with_name(f"{source.stem}_x{scale}.png") for source, _ in resolved}
     results |= {consistency_name(target) for target in results}
@@ -228,10 +275,10 @@ def without_results(jobs: list[Job], given: list[str], scale: int) -> list[Job]:
 
 def check_targets(jobs: list[Job], force: bool) -> None:
     """WrongUsage where two pictures would go to one file, or a file would be overwritten."""
-    sources = {job.source.resolve() for job in jobs}
+    sources = {real(job.source) for job in jobs}
     taken = {}
     for job in jobs:
-        target = job.target.resolve()
+        target = real(job.target)
         if target in taken:
             raise WrongUsage(f"{taken[target]} and {job.source} would both be written to "
                              f"{job.target}: give them one by one, with --output FILE")
@@ -285,10 +332,9 @@ def look(path: Path) -> Header:
     how the samples lie in the file: RGB;16B. (BGR;16 is 16 bits for all three colours.)
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             wide = image.mode.startswith("I")
-            for _, _, _, arguments in image.tile:
-                raw = str(arguments[:1] if isinstance(arguments, tuple) else arguments)
+            for raw in raw_modes(image):
                 wide = wide or (";16" in raw and "BGR;16" not in raw)
             return Header(image.height, image.width, wide)
     except Exception:                        # Pillow's decoders raise nearly anything

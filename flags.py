@@ -18,7 +18,7 @@ import models
 import own
 import parallel
 import prune
-from run import WrongUsage, number, positive, usable_device
+from run import WrongUsage, filled, number, positive, usable_device
 from settings import PRESETS, Settings
 from upscale import add_own, own_network
 
@@ -48,7 +48,7 @@ def share(text: str) -> float:
     return float(text)
 
 
-natural = number(int, 1)
+natural = number(int, 1, 10**9)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +65,7 @@ def add_what(add: Callable) -> None:
     """Which network, how far it is compressed."""
     add("--arch", choices=tuple(models.PRESETS), help="the network")
     add_own(add)
-    add("--scale", type=int, help="upscaling factor (default 4)")
+    add("--scale", type=number(int, 1, 100), help="upscaling factor (default 4)")
     add("--prune", type=number(float, 0, 1), metavar="R",
         help="compress: a layer keeps about 1 - R of its hidden channels or less, down to half of "
              "that (default 0: only train)")
@@ -80,18 +80,19 @@ def add_what(add: Callable) -> None:
 
 def add_data(add: Callable) -> None:
     """The pictures to train and to measure on."""
-    add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
+    add("--data", type=filled, metavar="DIR",
+        help="train on these pictures (default: generated ones)")
     add("--degradation", choices=data.KINDS,
         help="how small images are made of originals (default bicubic)")
-    add("--unpaired", metavar="DIR",
+    add("--unpaired", type=filled, metavar="DIR",
         help="adapt to these photographs without originals, such as your camera's")
     add("--unpaired-share", type=share, metavar="F",
         help="the part of a training batch that they are (default 0.3)")
-    add("--test", metavar="DIR",
+    add("--test", type=filled, metavar="DIR",
         help="report on these pictures (default: eight photographs of scikit-image)")
-    add("--memory", type=positive, default=4.0, metavar="GIB",
+    add("--memory", type=number(float, 0, 2**20), default=4.0, metavar="GIB",
         help="for decoded pictures (default 4); more of them are kept on disk, see --cache")
-    add("--cache", type=Path, metavar="DIR",
+    add("--cache", type=lambda text: Path(filled(text)), metavar="DIR",
         help="keep the decoded pictures of --data here on disk, for all runs (default: "
              "runs/.cache, where --memory does not hold them)")
     add("--strict", action="store_true",
@@ -101,11 +102,11 @@ def add_data(add: Callable) -> None:
 
 def add_training(add: Callable) -> None:
     """Where it starts, and how it is trained."""
-    add("--pretrained", metavar="FILE",
+    add("--pretrained", type=filled, metavar="FILE",
         help="start from these weights, official or ours, instead of training")
-    add("--pretrained-dual", metavar="FILE",
+    add("--pretrained-dual", type=filled, metavar="FILE",
         help="official file of the duals: a list of state dicts")
-    add("--channels", metavar="FILE",
+    add("--channels", type=filled, metavar="FILE",
         help="channel numbers of a --pretrained network that is already pruned")
     add("--steps", type=natural, metavar="N",
         help="training steps; with --pretrained: train it further")
@@ -136,8 +137,8 @@ def add_compression(add: Callable) -> None:
 
 def add_run(add: Callable) -> None:
     """What is no setting: where and with what to work."""
-    add("--run", metavar="DIR", help="folder of this run (default: runs/<name>)")
-    add("--seed", type=number(int, 0), help="of weights, pictures and patches (default 0)")
+    add("--run", type=filled, metavar="DIR", help="folder of this run (default: runs/<name>)")
+    add("--seed", type=number(int, 0, 2**63), help="of weights, pictures and patches (default 0)")
     add("--kernels", choices=("torch", "triton"),
         help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -30,12 +30,13 @@ from cache import Entries, Source, attempt, folder_of, known, open_cache, proces
 from data import Files, Load, Pictures, ahead, check_match, decode, list_folder
 from files import MAX_PIXELS, look
 from parallel import is_main
-from run import has_work, progress, write_file
+from run import has_work, progress, read_json, write_file
 
 CACHE = Path("runs", ".cache")       # where decoded pictures go, unless --cache says otherwise
 TOLERATED = 0.05                     # the part of the pictures that may be unusable
 SHOWN = 5                            # as many are named on the screen; pictures.json names all
 RECORD = "pictures.json"
+FORM = dict(folder=str, cache=(str, None), pictures={str: str}, broken={str: str})
 
 
 class Wishes(NamedTuple):
@@ -185,10 +186,8 @@ def read_record(run: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        record = json.loads(file.read_text())
-        return dict(folder=record["folder"], cache=record["cache"],
-                    pictures=dict(record["pictures"]), broken=dict(record["broken"]))
-    except (ValueError, TypeError, KeyError) as error:
+        return read_json(file, FORM)
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: remove it, and the run goes on with the pictures "
                          f"that are there now") from error
 

@@ -26,7 +26,7 @@ from torch import nn
 
 import models
 from replay import count_calls
-from run import progress, write_file
+from run import progress, read_json, write_file
 from widths import Budget
 
 SIDE = 96                            # low-resolution pixels, the input for which MAdds are counted
@@ -138,14 +138,9 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
     candidates.
     """
     key = dict(device=device_name(device), side=side, dense=model.widths, options=options)
-    state = {}
-    if file.exists():
-        with suppress(ValueError):
-            state = json.loads(file.read_text())
-    if {name: state.get(name) for name in key} != key:
-        state = key | dict(times=[])
     low = noise(device, side)
     choices = [model.widths, *mixed(options)]
+    state = key | dict(times=known_times(file, key, len(choices)))
     if len(state["times"]) < ROUNDS:
         networks = []
         with torch.random.fork_rng():            # new networks draw weights
@@ -163,6 +158,20 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
                 write_file(file, json.dumps(state).encode())
                 bar.update()
     return summary(state["times"], choices, identical(model, low)) | dict(device=key["device"])
+
+
+def known_times(file: Path, key: dict, networks: int) -> list[list[dict]]:
+    """The rounds that are measured already; none where the file is missing, damaged, or of another
+    device or of other candidates, which `key` names.
+    """
+    try:
+        state = read_json(file, dict(times=[[{str: float}]]))
+    except ValueError:
+        return []
+    names = {"", *key["options"]}
+    whole = all(len(each) == networks and all(one.keys() == names for one in each)
+                for each in state["times"])
+    return state["times"] if whole and {name: state.get(name) for name in key} == key else []
 
 
 def mixed(options: dict[str, list[int]]) -> list[dict[str, int]]:

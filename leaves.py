@@ -23,7 +23,10 @@ Not here: the smaller images of a pair, and batches. data.py does that, and is t
 """
 import math
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -70,11 +73,30 @@ def draw(seeds: Sequence, side: int, workers: int | None = None) -> Iterator[np.
     if workers < 2:
         yield from map(dead_leaves, seeds, repeat(side))
         return
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    pool = ProcessPoolExecutor(workers, get_context("fork"), end_with, [os.getpid()])
+    try:
         with warnings.catch_warnings():  # Python warns of a fork beside threads; see above
             warnings.filterwarnings("ignore", "This process .* is multi-threaded")
             pictures = pool.map(dead_leaves, seeds, repeat(side))
         yield from pictures
+    finally:
+        pool.shutdown(cancel_futures=True)         # after ctrl-C nobody wants the other pictures
+
+
+def end_with(parent: int) -> None:
+    """Makes a worker end within a second of the process that started it, however that ended.
+
+    Without it, a worker would wait for ever for the next task, with a copy of the parent's memory.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)         # not the parent's handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # ctrl-C is the parent's, which ends it
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- 1 throw leaves ------------------------------------------------------------------------------

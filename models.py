@@ -10,7 +10,6 @@ The networks are in backbones/, a file each; `PRESETS` holds the published sizes
 pruning. Duals are handled as plain state dicts (dual.py builds them).
 """
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from backbones.dat import DAT
 from backbones.dcls import DCLS
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
-from run import read_checkpoint
+from run import misfit, read_checkpoint, read_json, read_text
 
 SWINIR = dict(dim=180, depths=(6,) * 6, heads=6, direct=False)
 SWINIR_LIGHT = dict(dim=60, depths=(6,) * 4, heads=6, direct=True)
@@ -96,6 +95,9 @@ def add_stored(state: dict, file: str | Path) -> tuple[str, int, str]:
 
 
 # ---- weights in, weights out --------------------------------------------------------------------
+# what a checkpoint of ours holds, see disk.misfit
+CHECKPOINT = dict(arch=str, scale=int, widths={str: int}, model={str: Tensor},
+                  duals=[{str: Tensor}])
 DERIVED = ("attn_mask", "relative_position_index", "rpe_biases")   # released files hold these
 #                                                     buffers, which follow from the sizes
 
@@ -112,7 +114,7 @@ def load_state(module: nn.Module, state: dict) -> dict | None:
             state = state[key]
     if isinstance(state, dict) and all(str(name).startswith("module.") for name in state):
         state = {name.removeprefix("module."): p for name, p in state.items()}   # DataParallel's
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if misfit(state, {str: Tensor}, "it"):
         raise ValueError("this is no state dict of one network (a dict of tensors): give the file "
                          "of the weights themselves")
     mine = module.state_dict()
@@ -153,7 +155,13 @@ def is_checkpoint(state: dict) -> bool:
 
 
 def from_checkpoint(state: dict) -> Backbone:
-    """The network of a `checkpoint`, on the CPU and in training mode."""
+    """The network of a `checkpoint`, on the CPU and in training mode.
+
+    ValueError: it has not the form of CHECKPOINT, or weights that do not fit.
+    """
+    wrong = misfit(state, CHECKPOINT, "it")
+    if wrong:
+        raise ValueError(f"{wrong}: it is damaged, copy or download it again")
     if "network" in state:
         model = own.build(state["network"], state["widths"])
     else:
@@ -196,6 +204,9 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
     ours = is_checkpoint(state)
     source = state.get("network") if ours else None
     if ours:
+        wrong = misfit(state, CHECKPOINT, "it")
+        if wrong:
+            raise ValueError(f"{path} is damaged ({wrong}): copy or download it again")
         check_given(name, state["arch"], state["scale"], arch, scale, channels)
         duals = state.get("duals")
         arch, scale, widths, state = (state[k] for k in ("arch", "scale", "widths", "model"))
@@ -223,8 +234,8 @@ def check_given(name: str | Path, its_arch: str, its_scale: int, arch: str | Non
     """ValueError: something else was given for a network that knows what it is."""
     for flag, its, given in (("arch", its_arch, arch), ("scale", its_scale, scale)):
         if given is not None and given != its:
-            raise ValueError(f"{name} holds {flag} {its}, --{flag} {given} was given: leave "
-                             f"--{flag} out")
+            raise ValueError(f"{name} holds {flag} {its}, --{flag} {given} was given: give "
+                             f"--{flag} {its}")
     if channels is not None:
         raise ValueError(f"{name} knows its own channel numbers: leave --channels out")
 
@@ -236,20 +247,21 @@ def read_channels(path: str | Path, count: int) -> list[int]:
     channels.json of train.py. ValueError: another number of entries, an entry that is no positive
     integer.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = read_text(path)
     entries = text.splitlines()
     if text.lstrip().startswith("{"):
         try:
-            entries = [str(n) for n in json.loads(text)["widths"].values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = read_json(path, dict(widths={str: int}))["widths"]
+        except ValueError as error:
             raise ValueError(f"{path} is neither a list of integers nor a channels.json of "
                              f"train.py") from error
+        entries = [str(n) for n in found.values()]
     channels = []
     for number, line in enumerate(entries, 1):
         entry = line.strip()
         if not entry:
             continue
-        if not (entry.isascii() and entry.isdigit() and int(entry)):
+        if not (entry.isascii() and entry.isdigit() and len(entry) < 10 and int(entry)):
             raise ValueError(f"{path}, entry {number}: {entry[:40]!r} is no positive integer")
         channels.append(int(entry))
     if len(channels) != count:

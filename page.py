@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import charts
 import data
 from crops import most_gained
+from run import Bar
 
 ASSETS = Path(__file__).parent / "assets"
 MARK = '<meta name="generator" content="report.py of dual regression compression">'
@@ -150,7 +150,7 @@ def gallery(rows: dict[str, list], pictures: data.Pictures) -> str:
     left = BYTES
     # from small to large: what a small picture does not need is left to the larger ones
     order = sorted(range(len(pictures)), key=lambda i: rows[names[0]][i].image.size)
-    for i in tqdm(order, desc="page", unit="picture", leave=False, delay=2):
+    for i in Bar(order, desc="page", unit="picture", leave=False, delay=2):
         measured = {name: results[i] for name, results in rows.items()}
         share = left / (len(pictures) - len(figures))
         figures[i], taken = slider(measured, pictures.names[i], pictures[i], share)

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from backbones.base import Pair
 from narrow import gone, narrow
+from run import Bar
 
 LEAST = 8                            # channels: widths are multiples of 4, of fewer none can go
 TOLERANCE = 1e-5                     # of the output's standard deviation: rounding is below it
@@ -217,7 +217,7 @@ def wiring(watch: Watch) -> tuple[list[Pair], dict[str, str]]:
     refused = {}
     ran = []
     tables = {}                              # {producer: {(layer, through): its columns}}
-    for take in tqdm(watch.takes, "pairs", leave=False, delay=5):
+    for take in Bar(watch.takes, "pairs", leave=False, delay=5):
         asked = [name for name in ran if name not in refused]
         asked += [name for name in ran if name in refused][-RECENT:]
         found = reached(take, {name: watch.leaves[name] for name in asked})

@@ -11,6 +11,10 @@ blurred for a blind network.
 Not here: the measures themselves (evaluate.py), the look of the page (page.py), and what led to the
 networks. Read run.py next.
 """
+import quiet  # noqa: F401, first: what follows takes seconds to import
+
+# isort: split
+
 import argparse
 import json
 import math
@@ -34,9 +38,24 @@ import models
 import own
 import page
 from crops import comparison
-from run import Run, WrongUsage, command, read_checkpoint, usable_device, write_file
+from run import (
+    Run,
+    WrongUsage,
+    command,
+    filled,
+    misfit,
+    read_checkpoint,
+    read_json,
+    usable_device,
+    write_file,
+)
 
-CHECKPOINT = {"arch", "scale", "widths", "model"}        # what a network of ours holds
+# the forms of what is read back, see disk.misfit
+CONFIG = dict(prune=float, budget=(list, None))
+QUALITY = dict(psnr=float, ssim=float)
+COST = QUALITY | dict(params=int, madds=int, madds_720p=int)
+LATENCY = dict(seconds=float, ratio=float)
+START = dict(command=str, machine=str, versions=str, date=str)
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -100,9 +119,28 @@ def surroundings(device: torch.device) -> dict[str, str]:
                 versions=f"{versions}, NumPy {np.__version__}", date=time.strftime("%Y-%m-%d"))
 
 
+def log_start(run: Run, device: torch.device, **more) -> None:
+    """Logs what a run is begun or continued with, and says so where it is not the same as before:
+    sums in another order are equal only up to rounding. more: further facts for the log.
+    """
+    facts = surroundings(device) | dict(threads=torch.get_num_threads())
+    before = [line for line in read_log(run.folder) if line["stage"] == "start"]
+    for name in ("threads", "machine", "versions"):
+        if before and before[-1].get(name) != facts[name]:
+            print(f"note: this run was begun with {name} {before[-1].get(name)}, now it is "
+                  f"{facts[name]}: its weights will not be the same to the last bit")
+            break
+    run.log(stage="start", **more, **facts)
+
+
 def is_current(run: Run, test: str | None) -> bool:
     """Whether there is a report, and its pictures were these: log.jsonl tells which they were."""
     if not run.has("report.json"):
+        return False
+    try:
+        read_table(run.folder)
+    except ValueError as error:
+        print(f"note: {error}: the networks are measured again")
         return False
     return last_test(run.folder) == test
 
@@ -117,18 +155,55 @@ def read_log(folder: Path) -> list[dict]:
     """The lines of log.jsonl, if there is one; half a line, which kill -9 may leave, is skipped."""
     lines = []
     file = folder / "log.jsonl"
-    text = file.read_text() if file.exists() else ""
-    for line in text.splitlines():
-        with suppress(ValueError):
-            lines.append(json.loads(line))
+    text = file.read_text(errors="replace") if file.exists() else ""
+    for text_line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text_line)
+            if is_line(line):
+                lines.append(line)
     return lines
 
 
-def open_pictures(test: str | None, scale: int, kernel_size: int,
-                  degradation: str = "bicubic") -> data.Pictures:
-    """The test pictures at scales 1 and `scale`."""
+def is_line(line) -> bool:
+    """Whether this is a line of a log, with all that the page takes from it."""
+    if misfit(line, dict(stage=str), "it"):
+        return False
+    form = {}
+    if line["stage"] == "start":
+        form |= START
+    if line["stage"] == "report":
+        form |= dict(test=(str, None))
+    for name, kind in (("loss", float), ("alpha", [[float]])):
+        if name in line:
+            form |= {name: kind, "step": int}
+    if "seconds" in line:
+        form |= dict(seconds=float)
+    return misfit(line, form, "it") is None
+
+
+def read_table(folder: Path) -> dict[str, dict]:
+    """The content of report.json. ValueError: it is missing, or damaged."""
+    file = folder / "report.json"
+    table = read_json(file, {str: QUALITY})
+    for name, line in table.items():
+        form = dict(COST) if "params" in line else {}
+        if "latency" in line:
+            form["latency"] = LATENCY
+        wrong = misfit(line, form, name)
+        if not wrong and "params" in line and line["madds"] <= 0:
+            wrong = f"{name} has {line['madds']} multiply-adds"
+        if not wrong and "latency" in line and line["latency"]["ratio"] <= 0:
+            wrong = f"{name} takes no time"
+        if wrong:
+            raise ValueError(f"{file} is damaged ({wrong})")
+    return table
+
+
+def open_pictures(test: str | None, scale: int, kernel_size: int, degradation: str = "bicubic",
+                  limit: int = data.CACHE) -> data.Pictures:
+    """The test pictures at scales 1 and `scale`; limit: as in data.open_folder."""
     if test:
-        return data.open_folder(test, (1, scale), degradation=degradation)
+        return data.open_folder(test, (1, scale), limit, degradation=degradation)
     return data.photographs((1, scale), kernel_size, degradation)
 
 
@@ -171,7 +246,7 @@ def print_table(run: Run) -> None:
     "fewer" and "faster" say how many times fewer multiply-adds the network needs than the first
     one, and how many times faster it is, both for an input of 96×96.
     """
-    table = json.loads((run.folder / "report.json").read_text())
+    table = read_table(run.folder)
     # 10 characters of name, then the columns, each as wide as its head
     print()
     print("            PSNR-Y    SSIM  parameters  MAdds 720p  MAdds 96x96  fewer  s 96x96  faster")
@@ -206,7 +281,7 @@ def cost_columns(line: dict, first: dict) -> str:
 # ---- what the page tells of a run ---------------------------------------------------------------
 def tell(folder: Path, dense: dict) -> page.Story:
     """What a run folder knows of how its networks came about; dense: the checkpoint of train.pt."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     widths = kept = orders = {}
     if (folder / "select.pt").exists():
         selected = read_checkpoint(folder / "select.pt")
@@ -220,7 +295,7 @@ def networks_of(folder: Path) -> dict[str, dict]:
     """{"dense": checkpoint, ...} of a finished run; ValueError where it is none."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is no run folder of train.py: it has no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", CONFIG)
     stages = dict(dense="train.pt")
     if config["prune"] or config["budget"]:
         stages |= dict(cut="select.pt", pruned="tune.pt")
@@ -228,15 +303,19 @@ def networks_of(folder: Path) -> dict[str, dict]:
         if not (folder / file).exists():
             raise ValueError(f"{folder} is not finished, it has no {file}: give its train.py "
                              f"command again")
-    return {name: read_checkpoint(folder / file) for name, file in stages.items()}
+    return {name: network_of(folder / file) for name, file in stages.items()}
 
 
 def network_of(file: Path) -> dict:
     """The checkpoint in a file; ValueError where it is not one of ours."""
     state = read_checkpoint(file)
-    if not state.keys() >= CHECKPOINT:
+    if not state.keys() >= {"arch", "scale", "widths", "model"}:
         raise ValueError(f"{file} does not say what network it is: python evaluate.py --weights "
                          f"{file} --arch ARCH measures it")
+    try:
+        models.from_checkpoint(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return state
 
 
@@ -244,7 +323,7 @@ def network_of(file: Path) -> dict:
 def rebuild(folder: Path, test: str | None, device: torch.device) -> None:
     """Measures a finished run anew: report.html, comparison.png, report.json, the table."""
     states = networks_of(folder)
-    run = Run(folder, json.loads((folder / "config.json").read_text()))
+    run = Run(folder, read_json(folder / "config.json"))
     measure(run, states, test or last_test(folder), device)
     print_table(run)
 
@@ -287,15 +366,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Measure a finished run anew and rewrite its report, or compare several.",
         allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="RUN",
+    add("paths", nargs="+", type=lambda text: Path(filled(text)), metavar="RUN",
         help="run folders of train.py, and checkpoints (.pt) of them")
-    add("--output", type=Path, metavar="FILE",
+    add("--output", type=lambda text: Path(filled(text)), metavar="FILE",
         help="the page that compares several (default compare.html); one run has its report.html")
     add("--force", action="store_true", help="overwrite FILE, whatever it is")
-    add("--network", metavar="FILE.py:CLASS",
+    add("--network", type=filled, metavar="FILE.py:CLASS",
         help="for runs of a network of your own; the file is run")
-    add("--test", metavar="DIR", help="measure on these pictures (default: for one run those of "
-        "its last report, for several the eight photographs of scikit-image)")
+    add("--test", type=filled, metavar="DIR",
+        help="measure on these pictures (default: for one run those of its last report, for "
+             "several the eight photographs of scikit-image)")
     add("--kernels", choices=("torch", "triton"),
         help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")

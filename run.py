@@ -1,164 +1,77 @@
-"""What every command and every run folder needs; nothing here knows about super-resolution.
+"""The folder of one training run: stopped at any moment, it continues where it was.
 
-A command ends with one sentence where the user can put something right (`command`). Files are
-written in full or not at all (`write_file`) and read without executing anything in them
-(`read_checkpoint`). `Run` is the folder of one training run: stopped at any moment, by ctrl-C or by
-kill -9, it continues where it was, and on a CPU it ends with the same weights, to the last bit.
+Stopped by ctrl-C, by kill -9 or by a power cut, a run ends on a CPU with the same weights, to the
+last bit, when the same command is given again. Only one process works in a folder at a time. Every
+finished stage is a file that says of which settings and of which earlier stage it was made: what is
+damaged is set aside and made again, what belongs to another run is refused.
 
-Not here: what the stages of a run do. Read train.py next.
+Nothing here knows about super-resolution. How commands end (commands.py) and how files are written
+and read (disk.py) is offered here, too. Not here: what the stages of a run do. Read train.py next.
 """
-import argparse
 import io
 import json
 import math
-import os
-import pickle
+import re
 import signal
-import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import parallel
+from commands import (
+    Bar,
+    Terminated,
+    WrongUsage,
+    at_least,
+    command,
+    explain,
+    filled,
+    number,
+    positive,
+    progress,
+    usable_device,
+)
+from disk import (
+    misfit,
+    read_checkpoint,
+    read_json,
+    read_text,
+    real,
+    set_aside,
+    write_file,
+)
+from owner import (
+    NAMES,
+    STAGES,
+    as_json,
+    check_config,
+    digest,
+    has_work,
+    known_config,
+    lock,
+    refuse_strangers,
+)
+
+__all__ = ["Bar", "Run", "WrongUsage", "at_least", "command", "explain", "filled", "misfit",
+           "number", "positive", "progress", "read_checkpoint", "read_json", "read_text", "real",
+           "usable_device", "write_file"]
 
 SAVE_SECONDS = 20                    # at most this much work is lost to kill -9
+MADE = dict(made=dict(config=str, before=(str, None)))       # what every stage file says of itself
+PROGRESS = dict(stage=str, step=int, random=Tensor, random_cuda=[Tensor], parts={str: dict})
 
 
-# ---- commands -----------------------------------------------------------------------------------
-class WrongUsage(Exception):
-    """A sentence about the flags, for the user; the command ends with exit code 2."""
-
-
-def command(main: Callable[[], None]) -> None:
-    """Calls main() and ends the process as a user expects.
-
-    What a user can put right becomes one sentence on stderr (`python -X dev`: and the traceback),
-    with exit code 2 for wrong flags, else 1; 130 after ctrl-C. A bug keeps its traceback.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence = explain(error)
-        # wrong flags are wrong in all processes: one of them says so
-        who = "" if isinstance(error, WrongUsage) else parallel.audible()
-        if sentence is None:
-            raise
-        if sys.flags.dev_mode:
-            traceback.print_exc()
-        print(f"error: {who}{sentence}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, WrongUsage) else 1)
-
-
-def explain(error: Exception) -> str | None:
-    """The sentence for the user; None for a bug."""
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if full or "can't allocate memory" in str(error):
-        return "out of memory: use smaller tiles, patches or batches"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    known = isinstance(error, (WrongUsage, ValueError, OSError, FloatingPointError))
-    return str(error) if known else None
-
-
-# ---- types of flags, for argparse ---------------------------------------------------------------
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an integer of at least `least`."""
-    def integer(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
-        return int(text)
-    return integer
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The type of a number in [low, high); kind: int or float."""
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value < high:
-            wrong = f"outside [{low}, {high})"
-            if high == math.inf:
-                wrong = f"below {low}" if value < low else "no finite number"
-            raise argparse.ArgumentTypeError(f"{text} is {wrong}")
-        return value
-    parse.__name__ = kind.__name__   # argparse then says "invalid float value"
-    return parse
-
-
-def positive(text: str) -> float:
-    """The type of a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return float(text)
-
-
-def usable_device(text: str) -> torch.device:
-    """The type of a device on which a tensor can be made."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:    # AssertionError: PyTorch without CUDA
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: try cpu") from error
-
-
-# ---- files --------------------------------------------------------------------------------------
-def write_file(path: str | os.PathLike, blob: bytes) -> None:
-    """Writes a file in full or not at all: under a temporary name beside it, then renamed.
-
-    OSError, naming the path: the folder is missing, the disk is full, or it is no plain file.
-    """
-    target = Path(os.path.realpath(path))    # a link stays a link: what it points to is replaced
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    if target.exists() and not target.is_file():
-        raise OSError(f"cannot write {path}: it is not a plain file, choose another name")
-    try:
-        temporary.write_bytes(blob)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror or error}): check the folder and its "
-                      f"free space") from error
-    finally:
-        with suppress(OSError):   # it has been renamed when all went well
-            temporary.unlink()
-
-
-def read_checkpoint(path: str | os.PathLike, kind: type = dict) -> dict | list:
-    """The dict (or the list: official files of duals) in a file of torch.save, on the CPU.
-
-    Only tensors and plain containers are unpickled (`weights_only`), no code is executed.
-    ValueError, naming the file: it is missing, damaged, or holds anything else.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):    # about old pickle protocols
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: give the path of a checkpoint") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        sentence = f"refused: {path} is not a plain state dict; nothing in it was executed"
-        raise ValueError(sentence) from error
-    except Exception as error:       # garbage: torch.load raises whatever its parser stumbles over
-        sentence = f"{path} is damaged or no checkpoint at all: copy or download it again"
-        raise ValueError(sentence) from error
-    if not isinstance(state, kind):
-        raise ValueError(f"refused: {path} holds a {type(state).__name__}, "
-                         f"not the {kind.__name__} of weights expected here")
-    return state
-
-
-# ---- the run folder -----------------------------------------------------------------------------
 class Run:
     """The folder of a run: config.json, `<stage>.pt` of finished stages, progress.pt, log.jsonl.
 
-    config: flat and fit for JSON, all that makes a run the same. WrongUsage: the folder holds work
-    of another config. parts, below: {name: object with a state_dict}, all that a stage changes.
+    config: flat and fit for JSON, all that makes a run the same. parts, below: {name: object with a
+    state_dict}, all that a stage changes.
+    WrongUsage: the folder holds work of another config, or somebody else's files. ValueError: a
+    process works in it already.
 
     Of several processes (parallel.py) all read and only one writes; so they all must see the folder
     and call the methods together.
@@ -166,14 +79,45 @@ class Run:
     def __init__(self, folder: Path, config: dict):
         self.folder = folder
         self.saved = time.monotonic()             # when progress.pt was last written
-        check_config(folder, config)
+        self.before = None                        # digest of the latest stage that is done
+        self.found = {}                           # finished stages that `look` found
+        refuse_strangers(folder)
+        known = known_config(folder)
+        if known is not None:
+            check_config(folder, known, config)
+        work = has_work(folder)
+        # paths may be spelled in another way now: what stands there decides
+        self.config = digest(known if work and known is not None else as_json(config))
+        if work and known is None:
+            self.check_origin()
         if parallel.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            for rest in folder.glob(".*.tmp"):    # what kill -9 left half written
-                rest.unlink()
-            if not has_work(folder) or not self.has("config.json"):
-                self.write_json("config.json", config)
+            self.take(config, keep=work and known is not None)
         parallel.barrier()
+
+    def take(self, config: dict, keep: bool) -> None:
+        """Locks the folder, and writes config.json unless that of now is kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        for rest in self.folder.glob(".*.tmp"):        # what kill -9 left half written
+            if re.sub(r"^\.|\.\d+\.tmp$", "", rest.name) in NAMES:
+                rest.unlink()
+        if keep:
+            return
+        if has_work(self.folder) and self.has("config.json"):
+            self.set_aside("config.json", "is damaged")
+        self.write_json("config.json", config)
+
+    def check_origin(self) -> None:
+        """WrongUsage: there is work and no config.json, and no file says that it is of this run."""
+        origins = set()
+        for stage in ("progress", *STAGES):
+            with suppress(ValueError):
+                content = read_checkpoint(self.folder / f"{stage}.pt")
+                origins.add(None if misfit(content, MADE, "") else content["made"]["config"])
+        if origins != {self.config}:
+            raise WrongUsage(f"{self.folder} was made with other flags or by another version of "
+                             f"this program, its config.json is missing or damaged: give another "
+                             f"folder with --run")
 
     def write(self, name: str, content: dict) -> None:
         """Writes a file of torch.save, in full or not at all."""
@@ -191,10 +135,33 @@ class Run:
         """Whether the folder holds this file."""
         return (self.folder / name).exists()
 
-    def read(self, name: str) -> dict | None:
-        """The content of a file of torch.save; None where there is no such file."""
-        found = parallel.from_main(lambda: self.has(name))     # one answer for all processes
-        return read_checkpoint(self.folder / name) if found else None
+    def read(self, name: str, form=dict) -> dict | None:
+        """The content of a file of torch.save; None where there is no such file, or a damaged one,
+        which is set aside with a sentence. form: see disk.misfit.
+        """
+        if not parallel.from_main(lambda: self.has(name)):     # one answer for all processes
+            return None
+        try:
+            content = read_checkpoint(self.folder / name)
+            wrong = misfit(content, form, "it")
+        except ValueError as error:
+            wrong = str(error)
+        if wrong is None:
+            return content
+        self.drop(name, f"is damaged ({wrong})")
+        return None
+
+    def drop(self, name: str, why: str) -> None:
+        """Sets a file aside when all processes have read it; they all call this."""
+        parallel.barrier()
+        if parallel.is_main():
+            self.set_aside(name, why)
+        parallel.barrier()
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Sets a file aside, with a sentence; why: what is wrong, "is damaged"."""
+        aside = set_aside(self.folder / name)
+        print(f"note: {self.folder / name} {why}: it is called {aside.name} now, and made again")
 
     def log(self, **line) -> None:
         """Appends a line to log.jsonl."""
@@ -203,18 +170,76 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
+    # ---- finished stages ------------------------------------------------------------------------
+    def look(self, checks: dict[str, Callable[[dict], object]]) -> bool:
+        """Reads all finished stages before any work is done; whether all are there.
+
+        checks: {stage: raises ValueError where the content cannot be of this run}, in order.
+        WrongUsage: a stage of another run.
+        """
+        before = None
+        for stage, check in checks.items():
+            content = self.read(f"{stage}.pt")
+            if content is not None:
+                self.refuse_other(stage, content, before)
+                try:
+                    check(content)
+                except ValueError as error:
+                    self.drop(f"{stage}.pt", f"is damaged ({error})")
+                    content = None
+            self.found[stage] = content
+            before = content and digest(content)
+        return None not in self.found.values()
+
+    def refuse_other(self, stage: str, content: dict, before: str | None) -> None:
+        """WrongUsage: a stage made with other settings, or of another file of the stage before.
+
+        before: the digest of that stage; None: it is the first one, or the file is missing.
+        """
+        file = self.folder / f"{stage}.pt"
+        made = content.get("made")
+        if misfit(content, MADE, "") or made["config"] != self.config:
+            raise WrongUsage(f"{file} belongs to another run or version of this program: move it "
+                             f"away, and the stage is done again, or give another folder with "
+                             f"--run")
+        if before and made["before"] != before:
+            raise WrongUsage(f"{file} was not made from the stage before it in this folder: move "
+                             f"it away, and the stage is done again, or give another folder with "
+                             f"--run")
+
+    def done(self, stage: str) -> dict | None:
+        """The content of a stage that `look` found; None: it has to be done (again).
+
+        To be asked in order: where the stage before had to be done again, and came out otherwise,
+        this one is of no use any more.
+        """
+        content = self.found.get(stage)
+        if content is None:
+            return None
+        if content["made"]["before"] != self.before:
+            self.drop(f"{stage}.pt", "was made from what is gone")
+            return None
+        self.before = digest(content)
+        return content
+
+    def made(self) -> dict:
+        """What a file of this run says of itself."""
+        return dict(made=dict(config=self.config, before=self.before))
+
     def finish(self, stage: str, content: dict, started: float, **facts) -> dict:
         """Writes `<stage>.pt`, drops the saved progress, logs the stage; returns the content.
 
         started: time.monotonic() at its beginning; facts: more for its line in the log.
         """
+        content = content | self.made()
         self.write(f"{stage}.pt", content)
         if parallel.is_main():
             (self.folder / "progress.pt").unlink(missing_ok=True)
         self.log(stage=stage, seconds=round(time.monotonic() - started, 1), **facts)
-        parallel.barrier()
+        self.before = parallel.from_main(lambda: digest(content))
         return content
 
+    # ---- a stage that is under way --------------------------------------------------------------
     def save(self, stage: str, step: int, parts: dict) -> None:
         """Writes to progress.pt how many steps are done, with the parts and random states."""
         if not parallel.is_main():
@@ -222,20 +247,30 @@ class Run:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         states = {name: part.state_dict() for name, part in parts.items()}
         self.write("progress.pt", dict(stage=stage, step=step, random=torch.get_rng_state(),
-                                       random_cuda=cuda, parts=states))
+                                       random_cuda=cuda, parts=states) | self.made())
         self.saved = time.monotonic()
 
     def resume(self, stage: str, parts: dict) -> int:
-        """Puts the saved state of this stage into `parts`; returns how many steps are done."""
-        state = self.read("progress.pt")
+        """Puts the saved state of this stage into `parts`; returns how many steps are done.
+
+        WrongUsage: it is of another run. ValueError: it does not fit.
+        """
+        state = self.read("progress.pt", PROGRESS)
         parallel.barrier()           # all have read it before one of them writes it anew
-        if state is None or state["stage"] != stage:
+        if state is None:
             return 0
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.refuse_other("progress", state, None)
+        if state["stage"] != stage or state["made"]["before"] != self.before:
+            return 0
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            torch.set_rng_state(state["random"])
+            if state["random_cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+        except Exception as error:           # each kind of part raises something else
+            raise ValueError(f"{self.folder / 'progress.pt'} does not fit stage {stage} of this "
+                             f"run: move it away, and the stage is begun again") from error
         return state["step"]
 
     @contextmanager
@@ -251,12 +286,12 @@ class Run:
             def done(step: int, text: str = "") -> None:
                 bar.set_postfix_str(text, refresh=False)
                 bar.update()
-                stop = parallel.any_of(bool(stopped))
-                if stop or time.monotonic() - self.saved > SAVE_SECONDS:
+                stopping = parallel.any_of(bool(stopped))
+                if stopping or time.monotonic() - self.saved > SAVE_SECONDS:
                     self.save(stage, step, parts)
-                if stop:
+                if stopping:
                     parallel.barrier()       # torchrun ends the others when the first one ends
-                    raise KeyboardInterrupt
+                    raise stop(*stopped)
             yield start, done
 
     def repeat(self, stage: str, steps: int, one_step: Callable, batches: Callable,
@@ -281,30 +316,6 @@ class Run:
                 done(k + 1, f"loss {loss:.3f}")
 
 
-def has_work(folder: Path) -> bool:
-    """Whether anything is finished or saved there; before that, flags may still be corrected."""
-    return any(folder.glob("*.pt"))
-
-
-def check_config(folder: Path, config: dict) -> None:
-    """WrongUsage: the folder's config.json is not that of a run with this config."""
-    file = folder / "config.json"
-    if not file.exists() and not has_work(folder):
-        return
-    known = {}
-    with suppress(ValueError, FileNotFoundError):
-        known = json.loads(file.read_text())
-    if not isinstance(known, dict) or known.keys() != config.keys():
-        raise WrongUsage(f"{folder} was made by another version of this program, its config.json "
-                         f"is missing or has other entries: give another folder with --run")
-    now = json.loads(json.dumps(config))     # as it would be read back: tuples become lists
-    for name in sorted(now, key=lambda name: name != "preset"):      # it explains the others
-        if known[name] != now[name] and has_work(folder):
-            flag = "--" + name.replace("_", "-")
-            raise WrongUsage(f"{folder} was made with {flag} {known[name]}, now it is {now[name]}: "
-                             f"give the same flags to continue it, or another folder with --run")
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Within it: a list that the first ctrl-C (or SIGTERM) fills; the second interrupts at once."""
@@ -312,7 +323,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number, frame):
         if caught:
-            raise KeyboardInterrupt
+            raise stop(number)
         caught.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -323,7 +334,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def progress(stage: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
-    """A progress bar for a stage, shown after two seconds."""
-    return tqdm(total=total, initial=start, desc=f"{stage:8}", unit=unit, delay=2,
-                dynamic_ncols=True)
+def stop(number: int = signal.SIGINT, *_) -> KeyboardInterrupt:
+    """What a signal, of this process or of another one, raises when all is saved."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

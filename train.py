@@ -18,6 +18,9 @@ Begin with `main` at the end of this file. Not here: the mathematics (dual.py, s
 the training loop (fitting.py), the numbers (settings.py), the run folder (run.py), the flags
 (flags.py), the report (report.py). Read settings.py next, then data.py.
 """
+import quiet  # noqa: F401, first: what follows takes seconds to import
+
+# isort: split
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,22 +30,22 @@ from itertools import islice
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import dual
-import evaluate
 import flags
 import gather
 import kernels
 import latency
 import models
 import parallel
+import preflight
 import prune
 import report
 import unpaired
 from fitting import allow_tf32, autocast, fit
-from run import Run, command, read_checkpoint
+from preflight import cost_limit, load_teacher, new_duals, pretrained, split
+from run import Run, command
 from settings import Settings
 
 
@@ -131,35 +134,6 @@ def train(run: Run, settings: Settings, device, pictures, photographs=None) -> d
     return run.finish("train", models.checkpoint(model, duals), started, steps=steps)
 
 
-def new_duals(settings: Settings, model) -> nn.ModuleList:
-    """Duals with random weights; for photographs without originals, such as work at once."""
-    duals = dual.make_duals(model)
-    if settings.unpaired:
-        dual.start_from_averages(duals)
-    return duals
-
-
-def pretrained(settings: Settings) -> tuple:
-    """(model, duals, whether the duals came with it) of --pretrained and --pretrained-dual."""
-    file = settings.pretrained
-    model, states = models.load_networks(file, settings.arch, settings.scale, settings.channels)
-    duals = new_duals(settings, model)
-    if settings.pretrained_dual:
-        file = settings.pretrained_dual
-        states = read_checkpoint(file, list)
-    if states is None:
-        return model, duals, False
-    if len(states) != len(duals):
-        raise ValueError(f"{file} holds {len(states)} duals, "
-                         f"{settings.arch} x{settings.scale} has {len(duals)}")
-    for i, state in enumerate(states):
-        try:
-            models.load_state(duals[i], state)
-        except ValueError as error:
-            raise ValueError(f"{file}, dual {i}: {error}") from error
-    return model, duals, True
-
-
 def native_loss(settings: Settings, model, duals) -> Callable:
     """(output, batch) -> L_DR in the network's own range, see dual.native_loss."""
     return partial(dual.native_loss, duals=duals, weight=settings.dual_weight,
@@ -245,49 +219,6 @@ def finish_search(run: Run, settings: Settings, model, found: dict, started: flo
     kept = f"{sum(widths.values())}/{sum(model.widths.values())}"
     print(f"search    {kept} channels stay, {facts.get('decision', 'uniform widths, no search')}")
     return run.finish("search", found, started, kept=kept, widths=settings.widths, **facts)
-
-
-def split(count: int) -> tuple[int, int]:
-    """Where T and V end among `count` pictures; what follows is held out."""
-    if count < 3:
-        raise ValueError(f"the search needs at least 3 pictures (two halves and held-out ones), "
-                         f"there are {count}: give more")
-    end_of_v = count - max(1, count // 10)
-    return end_of_v // 2, end_of_v
-
-
-def cost_limit(run: Run, settings: Settings, device, model,
-               sizes: dict[str, list[int]] | None = None) -> prune.Budget | None:
-    """What --budget asks for: the cost of the whole network as a function of its widths.
-
-    sizes: the candidates, {pair name: widths}; latency is measured for these.
-    """
-    if not settings.budget:
-        return None
-    kind, part = settings.budget
-    if kind == "latency":
-        table = parallel.from_main(
-            lambda: latency.measure_pairs(model, sizes, device, run.folder / "latency.json"))
-        return latency.budget(table, part, sizes)
-
-    def count(widths):
-        with torch.device("meta"):
-            smaller = model.with_widths(widths)
-            return getattr(evaluate.count(smaller, 96, 96), kind)
-
-    # parameters and MAdds are linear in every width: one network more for each pair is enough
-    dense = count(model.widths)
-    of_channel = {}
-    for pair in tqdm(model.pairs(), "budget", leave=False, delay=2):
-        whole = model.widths[pair.name]
-        smallest = count({**model.widths, pair.name: pair.heads})
-        of_channel[pair.name] = (dense - smallest) / max(1, whole - pair.heads)
-
-    def cost(widths):
-        saved = sum(of_channel[name] * (model.widths[name] - n) for name, n in widths.items())
-        return dense - saved
-
-    return prune.Budget(cost, int(part * dense))
 
 
 def in_time(searcher, model, budget: prune.Budget, settings: Settings,
@@ -378,20 +309,6 @@ def tune(run: Run, settings: Settings, device, pictures, cut: dict, dense: dict,
     return run.finish("tune", models.checkpoint(model, duals), started, steps=settings.tune_steps)
 
 
-def load_teacher(settings: Settings) -> nn.Module:
-    """The network of --teacher ARCH:FILE."""
-    arch, _, path = settings.teacher.partition(":")
-    return models.load(path, arch, settings.scale)
-
-
-def check_weights(run: Run, settings: Settings) -> None:
-    """Rejects given weights that cannot be used now, not after hours of work."""
-    if settings.pretrained and not run.has("train.pt"):
-        pretrained(settings)
-    if settings.teacher and not run.has("tune.pt"):
-        load_teacher(settings)
-
-
 # ---- the command --------------------------------------------------------------------------------
 def main() -> None:
     """The stages in order; what the run folder already holds is not done again."""
@@ -401,35 +318,39 @@ def main() -> None:
     using = kernels.choose(args.kernels)
     allow_tf32(settings.tf32)
     run = Run(args.run, asdict(settings))
+    complete = run.look(preflight.stages(settings))
     kernels.remember_in(run.folder / "kernels.json")
     print(flags.headline(args, settings, using))
     if args.found:
         print(args.found)
 
-    # by one process, which may have to fetch them
-    parallel.from_main(lambda: check_weights(run, settings))
+    # what cannot be used is rejected now, not after hours of work
+    preflight.check(run, settings, device)
+    reported = complete and report.is_current(run, args.test)
+    if not reported:
+        parallel.from_main(lambda: preflight.check_test(settings, args.test))
 
     # 1 data, unless all that needs it is done
-    compress = bool(settings.prune or settings.budget)
     pictures = photographs = None
-    if not run.has("tune.pt" if compress else "train.pt"):
+    if not complete:
         photographs = open_unpaired(settings, args.memory)
         pictures = open_data(run, settings, args)
-        run.log(stage="start", processes=parallel.world(), **report.surroundings(device))
+        preflight.check_count(run, settings, len(pictures))
+        report.log_start(run, device, processes=parallel.world())
 
     # 2 primal and dual training
-    dense = run.read("train.pt") or train(run, settings, device, pictures, photographs)
+    dense = run.done("train") or train(run, settings, device, pictures, photographs)
     networks = dict(dense=dense)
-    if compress:
+    if settings.prune or settings.budget:
         # 3 search: how many channels each layer keeps
-        found = run.read("search.pt") or search(run, settings, device, pictures, dense)
+        found = run.done("search") or search(run, settings, device, pictures, dense)
 
         # 4 select which ones, then cut
-        cut = run.read("select.pt") or select_and_cut(run, settings, device, pictures, dense,
+        cut = run.done("select") or select_and_cut(run, settings, device, pictures, dense,
                                                       found["widths"])
 
         # 5 fine-tuning with distillation
-        pruned = run.read("tune.pt") or tune(run, settings, device, pictures, cut, dense,
+        pruned = run.done("tune") or tune(run, settings, device, pictures, cut, dense,
                                              photographs)
         networks = dict(dense=dense, cut=cut, pruned=pruned)
 
@@ -437,7 +358,7 @@ def main() -> None:
     parallel.leave()
     if not parallel.is_main():
         return
-    if not report.is_current(run, args.test):
+    if not reported:
         report.measure(run, networks, args.test, device)
     report.print_table(run)
     gather.print_skipped(run.folder)

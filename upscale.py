@@ -11,6 +11,9 @@ large pictures are worked on in overlapping tiles. Nothing is overwritten withou
 
 Not here: how good the result is (evaluate.py, to be read next).
 """
+import quiet  # noqa: F401, first: what follows takes seconds to import
+
+# isort: split
 import argparse
 import itertools
 import math
@@ -33,7 +36,16 @@ import kernels
 import models
 import own
 from files import FORMATS, Header, Job, check_size, look, make_folders, plan
-from run import WrongUsage, at_least, command, explain, positive, usable_device
+from run import (
+    WrongUsage,
+    at_least,
+    command,
+    explain,
+    filled,
+    positive,
+    real,
+    usable_device,
+)
 
 OVERLAP = 32                 # LR pixels of context around a tile: networks hardly see further
 ALIGN = 32                   # tiles start at multiples of it: it is a multiple of every window
@@ -219,10 +231,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="files, folders, or patterns in quotes")
     add_network(parser)
     add = parser.add_argument_group("results").add_argument
-    add("--output", metavar="FILE|DIR",
+    add("--output", type=filled, metavar="FILE|DIR",
         help="where to (default: beside the picture, as name_x4.png); " + " ".join(FORMATS))
     add("--force", action="store_true", help="overwrite results that exist")
-    add("--blur-kernel", metavar="FILE.png",
+    add("--blur-kernel", type=filled, metavar="FILE.png",
         help="write the blur kernel that a blind network (dcls) finds")
     add("--consistency", action="store_true",
         help="map the result down again, write where it differs as name_x4_consistency.png")
@@ -239,11 +251,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_network(parser: argparse.ArgumentParser) -> None:
     """The flags that say which network, shared with evaluate.py."""
     add = parser.add_argument_group("network").add_argument
-    add("--weights", metavar="FILE",
+    add("--weights", type=filled, metavar="FILE",
         help="a checkpoint of train.py, an official file, or a name: zoo:drn_s (see zoo.py)")
     add("--arch", choices=tuple(models.PRESETS), help="network of an official file")
     add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
-    add("--channels", metavar="FILE",
+    add("--channels", type=filled, metavar="FILE",
         help="channel numbers of an official pruned file, one integer per line")
     add_own(add)
     add("--bicubic", action="store_true", help="no network: MATLAB's bicubic alone")
@@ -251,7 +263,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 def add_own(add: Callable) -> None:
     """The flags of a network of the user's own, shared with train.py."""
-    add("--network", metavar="FILE.py:CLASS", help="a network of your own; the file is run")
+    add("--network", type=filled, metavar="FILE.py:CLASS",
+        help="a network of your own; the file is run")
     add("--network-args", metavar="NAME=VALUE,...", help="what its constructor takes")
     add("--range", type=positive, metavar="F",
         help="largest value of its images (default: 1 or 255, whichever suits its weights)")
@@ -420,12 +433,12 @@ def check_kernel_target(args: argparse.Namespace, jobs: list[Job]) -> None:
     path = Path(args.blur_kernel)
     if len(jobs) != 1:
         raise WrongUsage(f"--blur-kernel {path} is for one picture, {len(jobs)} were given")
-    if path.resolve() in (jobs[0].source.resolve(), jobs[0].target.resolve()):
+    if real(path) in (real(jobs[0].source), real(jobs[0].target)):
         raise WrongUsage(f"--blur-kernel {path} is the picture itself: give another name")
     if path.exists() and not args.force:
         raise WrongUsage(f"{path} exists already: give another --blur-kernel, or --force to "
                          f"overwrite it")
-    if not path.resolve().parent.is_dir():
+    if not real(path).parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist, create it first")
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+
+from run import Bar
 
 FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # of the width that the ratio leaves
 
@@ -141,7 +142,7 @@ def widen(pairs: list, steps: list[tuple], multiple: int, budget: Budget) -> dic
     steps: (pair, its next larger width n, per head), in the order in which they are to be taken.
     ValueError: the narrowest layers cost too much, or more than 1 % of the budget remains.
     """
-    bar = tqdm(desc="budget", unit="network", leave=False, delay=2)
+    bar = Bar(desc="budget", unit="network", leave=False, delay=2)
 
     def cost_of(widths: dict[str, int]) -> int:
         bar.update()

@@ -258,7 +258,7 @@ def remember_in(file: Path | str) -> None:
     if record.exists():
         try:
             recorded.update(json.loads(record.read_bytes()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{record} is damaged: delete it, and the kernels are timed "
                              f"again") from error
 

@@ -43,7 +43,10 @@ def photo(side: int = 64, seed: int = 0) -> Image.Image:
 
 
 def weights(folder, stage: str) -> dict:
-    return torch.load(folder / f"{stage}.pt", weights_only=True)
+    """The content of a stage's file, without what it says of the run that it belongs to."""
+    content = torch.load(folder / f"{stage}.pt", weights_only=True)
+    content.pop("made")
+    return content
 
 
 def log(folder) -> list[dict]:

@@ -1,5 +1,6 @@
 """evaluate.py: the measures against scikit-image and by hand, published costs, the command."""
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -205,6 +206,39 @@ def test_a_network_beside_bicubic(folder, tmp_path, monkeypatch, capsys):
     assert "s per picture" in out
 
 
+def test_no_picture_is_overwritten_by_save(folder, tmp_path, monkeypatch, capsys):
+    """Not the originals, not an earlier result without --force, not one result by another."""
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    base = ["--bicubic", "--scale", 4, "--data", folder]
+    call = partial(run_command, evaluate, monkeypatch, capsys)
+    (tmp_path / "link").symlink_to(folder)
+    for target in (folder, tmp_path / "link", folder / "results", folder / "deep"):
+        code, _, errors = call(*base, "--save", target, "--force")
+        assert code == 2
+        assert "its pictures would be overwritten or become more" in errors
+    assert call(*base, "--save", tmp_path / "out")[0] == 0
+    code, _, errors = call(*base, "--save", tmp_path / "out")
+    assert code == 2
+    assert "a.png exists already: give another --save, or --force" in errors
+    assert call(*base, "--save", tmp_path / "out", "--force")[0] == 0
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    save(folder / "x.jpg", leaves.dead_leaves(0, 96))
+    save(folder / "x.jpg.png", leaves.dead_leaves(0, 96))
+    code, _, errors = call(*base, "--save", tmp_path / "other")
+    assert code == 2
+    assert "x.jpg and x.jpg.png would both be written to" in errors
+    assert not (tmp_path / "other").exists()
+
+
+def test_results_are_handed_over_and_not_kept(folder):
+    """A thousand photographs would fill the memory."""
+    pictures = data.open_folder(folder, (1, 4))
+    given = []
+    rows = evaluate.evaluate(lambda low: data.imresize(low, 4), pictures, given.append)
+    assert [row.image for row in rows] == [None, None]
+    assert [row.image.shape for row in given] == [(96, 96, 3)] * 2
+
+
 @pytest.mark.parametrize("arguments, code, words", [
     ([], 2, "give --weights FILE, or --bicubic"),
     (["--bicubic"], 2, "needs --scale"),
@@ -216,6 +250,10 @@ def test_a_network_beside_bicubic(folder, tmp_path, monkeypatch, capsys):
     (["--bicubic", "--scale", 4, "--overlap", 500], 2, "--tile"),
     (["--bicubic", "--scale", 4, "--tile", 32], 2, "at least 128"),
     (["--bicubic", "--scale", 4, "--device", "cuda:99"], 2, "cuda:99"),
+    (["--bicubic", "--scale", 4, "--data", ""], 2, "--data: it is empty"),
+    (["--bicubic", "--scale", 4, "--save", ""], 2, "--save: it is empty"),
+    (["--weights", ""], 2, "--weights: it is empty"),
+    (["--bicubic", "--scale", 4, "--device", "meta"], 2, "'meta' cannot be used here"),
     (["--input", "x.png"], 2, "unrecognized arguments")])
 def test_wrong_usage_is_one_sentence(arguments, code, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

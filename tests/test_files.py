@@ -1,7 +1,12 @@
 """files.py: files of every kind come out as 8-bit RGB, what is no picture as one sentence."""
+import os
+import struct
+import subprocess
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import files
 from pictures import picture, save
@@ -163,3 +168,81 @@ def test_write_image_refuses_what_a_format_cannot_hold(tmp_path, name, array):
 def test_size_is_width_times_height():
     assert files.size(picture(5, 7)) == "7x5"
     assert files.size(picture(5, 7)[..., 0]) == "7x5"
+
+
+# ---- pictures that other programs read, too ------------------------------------------------------
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG file."""
+    return (struct.pack(">I", len(content)) + kind + content
+            + struct.pack(">I", zlib.crc32(kind + content)))
+
+
+def png(width: int, height: int, depth: int, colour: int, row: bytes, *chunks: bytes) -> bytes:
+    """A PNG file of equal rows; colour: 0 grey, 2 RGB, 4 grey with alpha."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + data
+            + chunk(b"IEND", b""))
+
+
+def test_a_transparent_grey_of_16_bits(tmp_path):
+    row = struct.pack(">3H", 0, 1000, 65535)
+    key = chunk(b"tRNS", struct.pack(">H", 1000))
+    (tmp_path / "a.png").write_bytes(png(3, 2, 16, 0, row, key))
+    rgb, alpha, grey = files.decode(tmp_path / "a.png")
+    assert rgb[0, :, 0].tolist() == [0, 4, 255]
+    assert alpha.tolist() == [[255, 0, 255]] * 2
+    assert grey
+
+
+def test_grey_with_alpha_of_16_bits_stays_grey(tmp_path):
+    row = struct.pack(">4H", 256 * 7, 65535, 65535, 256 * 99)
+    (tmp_path / "a.png").write_bytes(png(2, 2, 16, 4, row))
+    rgb, alpha, grey = files.decode(tmp_path / "a.png")
+    assert rgb[0].tolist() == [[7] * 3, [255] * 3]
+    assert alpha[0].tolist() == [255, 99]
+    assert grey
+
+
+@pytest.mark.parametrize("kind, head", [
+    (b"zTXt", b"note\0\0"), (b"iTXt", b"note\0\1\0\0\0"), (b"iCCP", b"profile\0\0")])
+def test_a_long_comment_or_profile_does_no_harm(kind, head, tmp_path):
+    comment = chunk(kind, head + zlib.compress(bytes(3_000_000)))
+    (tmp_path / "a.png").write_bytes(png(1, 1, 8, 2, bytes([1, 2, 3]), comment))
+    assert files.decode(tmp_path / "a.png").rgb.tolist() == [[[1, 2, 3]]]
+
+
+@pytest.mark.parametrize("kind", [2, 7, 12])       # the resolution is text, bytes, nan
+def test_broken_exif_does_no_harm_and_the_picture_is_upright(kind, tmp_path):
+    entries = struct.pack("<HHIHH", files.ORIENTATION, 3, 1, 6, 0)
+    entries += struct.pack("<HHII", 0x011A, kind, 8 if kind == 2 else 1, 8 + 2 + 2 * 12 + 4)
+    exif = b"II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + struct.pack("<ii", -1, -1)
+    image = picture(16, 24)
+    save(tmp_path / "a.jpg", image, exif=b"Exif\0\0" + exif, quality=100, subsampling=0)
+    turned = files.decode(tmp_path / "a.jpg").rgb
+    assert turned.shape == (24, 16, 3)
+    assert np.abs(turned.astype(int) - np.rot90(image, -1)).mean() < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_are_pillows(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[files.ORIENTATION] = orientation
+    file = save(tmp_path / "a.png", picture(5, 7), exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    assert np.array_equal(files.decode(file).rgb, expected)
+
+
+def test_postscript_is_refused_and_no_program_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **b: pytest.fail("started a program"))
+    (tmp_path / "eps.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match=r"cannot read .*eps\.png as a picture"):
+        files.decode(tmp_path / "eps.png")
+    assert files.look(tmp_path / "eps.png") == files.Header(1, 1, False)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="it is a folder or a device"):
+        files.decode(tmp_path / "a.png")

@@ -1,9 +1,12 @@
 """leaves.py: the same picture for the same seed, and statistics as they are meant."""
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,9 +48,9 @@ def test_much_work_is_shared_by_the_cores(monkeypatch):
     started = []
 
     class Pool(leaves.ProcessPoolExecutor):
-        def __init__(self, workers, context):
+        def __init__(self, workers, *more):
             started.append(workers)
-            super().__init__(workers, context)
+            super().__init__(workers, *more)
 
     monkeypatch.setattr(leaves, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
@@ -206,3 +209,38 @@ def test_what_is_out_of_focus_has_less_detail(side):
     assert blurred.shape == sharp.shape
     assert np.abs(np.diff(blurred, axis=0)).mean() < 0.8 * np.abs(np.diff(sharp, axis=0)).mean()
     assert abs(blurred.mean() - sharp.mean()) < 0.01
+
+
+ORPHANS = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import leaves
+drawn = leaves.draw([(0, i) for i in range(50)], 256, workers=2)
+next(drawn)
+import multiprocessing
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(number):
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.send_signal(number)
+    parent.wait()
+    give_up = time.monotonic() + 30
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < give_up, "a worker lives on without its parent"
+        time.sleep(0.05)
+    parent.communicate()
+
+
+def is_alive(worker: int) -> bool:
+    """Whether a process computes or waits; one that nobody has buried yet does neither."""
+    try:
+        state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

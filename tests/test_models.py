@@ -1,6 +1,7 @@
 """Networks are built as published, refuse what does not fit, and survive being saved."""
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,8 @@ def test_from_checkpoint_is_the_network_of_a_checkpoint(tiny_preset):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("drn_l",), "holds arch tiny, --arch drn_l was given: leave --arch out"),
-    (("tiny", 8), "holds scale 4, --scale 8 was given: leave --scale out"),
+    (("drn_l",), "holds arch tiny, --arch drn_l was given: give --arch tiny"),
+    (("tiny", 8), "holds scale 4, --scale 8 was given: give --scale 4"),
     ((None, None, "x.txt"), "knows its own channel numbers: leave --channels out"),
 ])
 def test_a_checkpoint_is_not_overruled(arguments, words, tmp_path, tiny_preset):
@@ -149,6 +150,30 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused_by_name(tmp_path, tiny
     saved(tmp_path / "b.pt", scale=8)
     with pytest.raises(ValueError, match="b.pt: 8 channel numbers|b.pt: weight"):
         models.load(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(arch=["tiny"]), "arch is a list, not a str"), (dict(arch="none"), "unknown arch 'none'"),
+    (dict(scale=4.0), "scale is a float, not an int"), (dict(scale=[4]), "scale is a list"),
+    (dict(scale=3), "tiny has no scale 3"), (dict(widths=5), "widths is an int, not a dict"),
+    (dict(widths=None), "widths is a NoneType"),
+    (dict(widths={"up0.rcab1": None}), "widths['up0.rcab1'] is a NoneType, not an int"),
+    (dict(widths={"up0.rcab1": "4"}), "is a str, not an int"),
+    (dict(widths={"up0.rcab1": math.inf}), "is a float, not an int"),
+    (dict(widths={"up0.rcab1": torch.tensor(4)}), "is a Tensor, not an int"),
+    (dict(widths={"up0.rcab1": 2**70}), "it must keep 1 to 16"),
+    (dict(widths={7: 4}), "widths has an int where a name should be"),
+    (dict(duals=5), "duals is an int, not a list"),
+    (dict(model=[]), "model is a list, not a dict"),
+    (dict(model={"w": [1]}), "model['w'] is a list, not a Tensor"),
+    (dict(model={3: torch.ones(1)}), "model has an int where a name should be")])
+def test_a_hostile_checkpoint_is_one_sentence(change, words, tmp_path, tiny_preset):
+    """Safe to unpickle, with an entry of the wrong kind."""
+    saved(tmp_path / "bad.pt", **change)
+    with pytest.raises(ValueError, match=r"bad\.pt") as caught:
+        models.load(tmp_path / "bad.pt")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_official_files_need_their_arch_and_channels(tmp_path, tiny_preset):
@@ -211,7 +236,8 @@ def test_read_channels_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    '{"widths": [4]}', '{"arch": 3}', "{", '{"widths": {"down0": 0}}'])
+    '{"widths": [4]}', '{"arch": 3}', "{", '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000,
+    '{"widths": {"down0": 0}}'])
 def test_read_channels_refuses_other_json_by_name(text, tmp_path):
     file = tmp_path / "channels.json"
     file.write_text(text)

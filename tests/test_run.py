@@ -1,166 +1,16 @@
-"""Commands that end with one sentence, files that are whole or not there, runs that continue."""
-import argparse
-import errno
+"""Runs that continue where they were, in folders that belong to them alone."""
 import json
 import math
 import os
-import pickle
-import resource
 import signal
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import run
 from run import Run, WrongUsage
-from tiny import Evil
-
-# ---- commands -----------------------------------------------------------------------------------
-FULL = "error: out of memory: use smaller tiles, patches or batches\n"
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, ""),
-    (WrongUsage("--a and --b exclude each other"), 2, "error: --a and --b exclude each other\n"),
-    (ValueError("x.png is broken"), 1, "error: x.png is broken\n"),
-    (FloatingPointError("loss is nan"), 1, "error: loss is nan\n"),
-    (torch.OutOfMemoryError("CUDA out of\nmemory"), 1, FULL),
-    (MemoryError(), 1, FULL),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 1, FULL),
-    (FileNotFoundError(2, "No such file", "x.txt"), 1, "error: x.txt: No such file\n")])
-def test_what_a_user_can_put_right_is_one_sentence(error, code, words, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        run.command(main)
-    assert end.value.code == code
-    assert capsys.readouterr().err == words
-
-
-def test_development_mode_shows_the_traceback_too(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))      # python -X dev
-    with pytest.raises(SystemExit, match="1"):
-        run.command(lambda: int("x"))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("error: invalid literal")
-
-
-@pytest.mark.parametrize("bug", [RuntimeError("size mismatch"), KeyError("x"), ZeroDivisionError()])
-def test_a_bug_keeps_its_traceback(bug):
-    def main():
-        raise bug
-
-    with pytest.raises(type(bug)):
-        run.command(main)
-
-
-def test_a_command_that_succeeds_just_returns():
-    assert run.command(lambda: None) is None
-
-
-@pytest.mark.parametrize("kind, text, value", [
-    (run.at_least(2), "2", 2), (run.number(int, 0), "0", 0), (run.number(float, 0, 1), "0.5", 0.5),
-    (run.positive, "1e-4", 1e-4), (run.usable_device, "cpu", torch.device("cpu"))])
-def test_flag_types_accept_what_is_in_their_range(kind, text, value):
-    assert kind(text) == value
-
-
-@pytest.mark.parametrize("kind, text, words", [
-    (run.at_least(2), "1", "'1' must be an integer of at least 2"),
-    (run.at_least(2), "²", "'²' must be an integer of at least 2"),
-    (run.number(int, 1), "0", "0 is below 1"),
-    (run.number(float, 0, 1), "1", "1 is outside [0, 1)"),
-    (run.number(float, 0, 1), "nan", "nan is outside [0, 1)"),
-    (run.positive, "0", "0 must be above 0"),
-    (run.positive, "inf", "inf must be above 0"),
-    (run.usable_device, "toaster", "'toaster' cannot be used here: try cpu")])
-def test_flag_types_say_what_is_wrong(kind, text, words):
-    with pytest.raises(argparse.ArgumentTypeError) as caught:
-        kind(text)
-    assert str(caught.value) == words
-
-
-# ---- files --------------------------------------------------------------------------------------
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
-    target = tmp_path / "a.bin"
-    run.write_file(target, b"old")
-    assert target.read_bytes() == b"old"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))    # full after 1000 bytes
-    try:
-        with pytest.raises(OSError, match=r"a\.bin"):
-            run.write_file(target, bytes(5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_a_failing_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    target = tmp_path / "a.bin"
-    run.write_file(target, b"old")
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match=r"a\.bin .No space left"):
-        run.write_file(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_places_that_cannot_be_written_are_named(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    os.mkfifo(tmp_path / "pipe")           # stands for a device, which must not be replaced
-    for path in (tmp_path / "no" / "x", tmp_path / "file" / "x", tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match=f"cannot write {path}"):
-            run.write_file(path, b"new")
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    run.write_file(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "file").read_bytes() == b"new"
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
-    marker = tmp_path / "marker"
-    torch.save({"model": Evil(marker)}, tmp_path / "zip.pt")
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"model": Evil(marker)}))
-    for name in ("zip.pt", "bare.pt"):
-        words = f"^refused: .*{name} is not a plain .*; nothing in it was executed$"
-        with pytest.raises(ValueError, match=words):
-            run.read_checkpoint(tmp_path / name)
-        assert not marker.exists()
-
-
-def test_damaged_files_are_refused_by_name(tmp_path):
-    contents = {"empty.pt": b"", "text.pt": b"not one", "zip.pt": b"PK\x03\x04 broken"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save({"weight": torch.zeros(1000)}, tmp_path / "cut.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-500])
-    (tmp_path / "folder.pt").mkdir()
-    for name in (*contents, "cut.pt", "folder.pt", "missing.pt"):
-        with pytest.raises(ValueError, match=name) as caught:
-            run.read_checkpoint(tmp_path / name)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    torch.save([{}, {}], tmp_path / "list.pt")
-    assert run.read_checkpoint(tmp_path / "list.pt", list) == [{}, {}]
-    with pytest.raises(ValueError, match="holds a list, not the dict of weights expected here"):
-        run.read_checkpoint(tmp_path / "list.pt")
-
-
-# ---- the run folder -----------------------------------------------------------------------------
 class Walk:
     """A random walk: the smallest thing whose end shows a step done twice or left out."""
     def __init__(self):
@@ -299,65 +149,142 @@ def test_a_finished_stage_is_a_file_and_a_line_of_the_log(tmp_path):
     assert line["seconds"] > 0
 
 
-def test_what_kill_left_half_written_is_removed(tmp_path):
-    (tmp_path / ".train.pt.123.tmp").write_bytes(b"half")
-    Run(tmp_path, {})
-    assert os.listdir(tmp_path) == ["config.json"]
-
-
+# ---- stages that are done -----------------------------------------------------------------------
 CONFIG = dict(preset="quick", steps=8, betas=(0.9, 0.999), clip=math.inf, budget=None)
+NONE = dict.fromkeys(("train", "search", "tune"), lambda content: None)
 
 
-def with_work(folder):
-    """A run folder of CONFIG with a finished stage."""
-    Run(folder, CONFIG).write("train.pt", {})
-    return folder
+def three_stages(folder, config: dict = CONFIG) -> Run:
+    """Does what is still to be done of three stages, each of which depends on the one before."""
+    made = Run(folder, config)
+    made.look(NONE)
+    for number, stage in enumerate(NONE):
+        made.done(stage) or made.finish(stage, dict(x=torch.tensor([number])), 0.0)
+    return made
 
 
-def test_the_same_config_continues(tmp_path):
-    with_work(tmp_path)
-    before = (tmp_path / "config.json").stat().st_mtime_ns
-    Run(tmp_path, CONFIG)
-    assert (tmp_path / "config.json").stat().st_mtime_ns == before
+def when(folder) -> dict[str, int]:
+    """When each stage was written."""
+    return {stage: (folder / f"{stage}.pt").stat().st_mtime_ns for stage in NONE}
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(steps=9), "--steps 8, now it is 9"),
-    (dict(steps=9, preset="paper"), "--preset quick, now it is paper"),     # it explains the others
-    (dict(budget=("params", 0.7)), r"--budget None, now it is \['params', 0.7\]")])
-def test_another_config_is_refused_once_there_is_work(change, words, tmp_path):
-    with_work(tmp_path)
+def test_finished_stages_are_not_done_again(tmp_path):
+    three_stages(tmp_path)
+    before = when(tmp_path)
+    three_stages(tmp_path)
+    assert when(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", NONE)
+@pytest.mark.parametrize("damage", ["gone", "cut", "wrong"])
+def test_a_lost_or_damaged_stage_is_done_again_alone(stage, damage, tmp_path, capsys):
+    """It comes out as before, so what was made from it stays."""
+    three_stages(tmp_path)
+    before = when(tmp_path)
+    file = tmp_path / f"{stage}.pt"
+    blob = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(blob[:-100])
+    if damage == "wrong":
+        torch.save([], file)
+    three_stages(tmp_path)
+    changed = [name for name, time in when(tmp_path).items() if time != before[name]]
+    assert changed == [stage]
+    if damage != "gone":
+        assert f"{stage}.pt is damaged" in capsys.readouterr().out
+        assert (tmp_path / f"{stage}.pt.old").exists()
+
+
+def test_what_a_check_refuses_is_done_again(tmp_path, capsys):
+    three_stages(tmp_path)
+
+    def refuse(content):
+        raise ValueError("its duals do not fit")
+
+    assert not Run(tmp_path, CONFIG).look(NONE | dict(search=refuse))
+    assert "search.pt is damaged (its duals do not fit)" in capsys.readouterr().out
+
+
+def test_a_stage_that_comes_out_otherwise_makes_the_later_ones_useless(tmp_path, capsys):
+    three_stages(tmp_path)
+    (tmp_path / "train.pt").unlink()
+    made = Run(tmp_path, CONFIG)
+    assert not made.look(NONE)
+    assert made.done("train") is None
+    made.finish("train", dict(x=torch.tensor([99])), 0.0)          # on another device, say
+    assert made.done("search") is None
+    assert "search.pt was made from what is gone" in capsys.readouterr().out
+
+
+def test_a_stage_of_another_run_is_refused(tmp_path):
+    three_stages(tmp_path / "a")
+    three_stages(tmp_path / "b", CONFIG | dict(steps=9))
+    (tmp_path / "a" / "search.pt").write_bytes((tmp_path / "b" / "search.pt").read_bytes())
+    words = "search.pt belongs to another run or version of this program: move it away"
     with pytest.raises(WrongUsage, match=words):
-        Run(tmp_path, CONFIG | change)
+        three_stages(tmp_path / "a")
 
 
-def test_another_config_is_taken_while_there_is_no_work(tmp_path):
-    Run(tmp_path, CONFIG)
-    Run(tmp_path, CONFIG | dict(steps=9))
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 9
+def test_a_stage_from_another_stage_is_refused(tmp_path):
+    """The same settings, and weights of another machine."""
+    three_stages(tmp_path)
+    other = Run(tmp_path / "other", CONFIG)
+    other.finish("train", dict(x=torch.tensor([99])), 0.0)
+    (tmp_path / "train.pt").write_bytes((tmp_path / "other" / "train.pt").read_bytes())
+    with pytest.raises(WrongUsage, match="search.pt was not made from the stage before it"):
+        three_stages(tmp_path)
 
 
-def test_a_run_of_another_version_is_refused_and_not_misread(tmp_path):
-    """An entry more or less, or no config at all: nothing is guessed and nothing is touched."""
-    known = json.loads((with_work(tmp_path) / "config.json").read_text())
-    fewer = {name: value for name, value in known.items() if name != "clip"}
-    config = tmp_path / "config.json"
-    for text in (json.dumps(known | dict(test=None)), json.dumps(fewer), "[]", "half a fi", None):
-        config.unlink()
+def test_a_lost_config_is_written_again_where_the_stages_are_of_it(tmp_path):
+    three_stages(tmp_path)
+    before = when(tmp_path)
+    for text in (None, "{", "[]"):
+        (tmp_path / "config.json").unlink()
         if text:
-            config.write_text(text)
-        with pytest.raises(WrongUsage) as caught:
-            Run(tmp_path, CONFIG)
-        assert str(caught.value) == (
-            f"{tmp_path} was made by another version of this program, its config.json is missing "
-            f"or has other entries: give another folder with --run")
-        assert text is None or config.read_text() == text
-        config.touch()
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(WrongUsage, match="was made with other flags or by another version"):
+            three_stages(tmp_path, CONFIG | dict(steps=9))
+        three_stages(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["steps"] == 8
+    assert when(tmp_path) == before
 
 
-def test_a_folder_with_somebody_elses_config_is_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"editor": "vim"}')
-    (tmp_path / ".note.tmp").write_text("mine")
-    with pytest.raises(WrongUsage):
-        Run(tmp_path, CONFIG)
-    assert sorted(os.listdir(tmp_path)) == [".note.tmp", "config.json"]
+@pytest.mark.parametrize("damage", ["cut", "keys"])
+def test_damaged_progress_begins_the_stage_again(damage, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
+    whole = walk(tmp_path / "whole")
+
+    def stop(k):
+        if k == 5:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        walk(tmp_path / "run", one_step=stop)
+    file = tmp_path / "run" / "progress.pt"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        torch.save(dict(stage="walk"), file)
+    assert walk(tmp_path / "run") == whole
+    assert "progress.pt is damaged" in capsys.readouterr().out
+
+
+def test_progress_that_does_not_fit_is_one_sentence(tmp_path):
+    made = Run(tmp_path, CONFIG)
+    made.save("walk", 3, dict(other=Walk()))
+    with pytest.raises(ValueError, match="progress.pt does not fit stage walk of this run"):
+        made.resume("walk", dict(walk=Walk()))
+    Run(tmp_path / "b", CONFIG | dict(steps=9)).save("walk", 3, dict(walk=Walk()))
+    (tmp_path / "progress.pt").write_bytes((tmp_path / "b" / "progress.pt").read_bytes())
+    with pytest.raises(WrongUsage, match="progress.pt belongs to another run"):
+        made.resume("walk", dict(walk=Walk()))
+
+
+def test_sigterm_is_told_from_ctrl_c(tmp_path):
+    def stop(k):
+        if k == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(run.Terminated):
+        walk(tmp_path / "run", one_step=stop)

@@ -83,7 +83,7 @@ def test_a_run_leaves_what_it_promises(finished):
     folder, output = finished
     names = {f.name for f in folder.iterdir()}
     assert names == {"config.json", "train.pt", "search.pt", "select.pt", "tune.pt", "log.jsonl",
-                     "channels.json", "report.json", "report.html", "comparison.png"}
+                     "channels.json", "report.json", "report.html", "comparison.png", ".lock"}
     stages = [line["stage"] for line in log(folder) if "seconds" in line]
     assert stages == [*STAGES, "report"]
     [start] = [line for line in log(folder) if line["stage"] == "start"]
@@ -281,8 +281,7 @@ def test_a_run_of_an_older_version_is_refused(finished, monkeypatch, capsys, tmp
     assert code == 2
     assert not output
     assert errors == (f"error: {folder} was made by another version of this program, its "
-                      f"config.json is missing or has other entries: give another folder with "
-                      f"--run\n")
+                      f"config.json has other entries: give another folder with --run\n")
 
 
 def test_flags_can_be_corrected_before_any_work_is_done(photos, monkeypatch, capsys, tmp_path):

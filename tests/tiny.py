@@ -128,6 +128,8 @@ def run_command(module, monkeypatch, capsys, *arguments):
         run.command(module.main)
     except SystemExit as end:
         code = end.code
+    if code == 143:                  # SIGTERM was meant for the tests
+        raise KeyboardInterrupt
     return code, *capsys.readouterr()
 
 
