@@ -29,16 +29,8 @@ import data
 import kernels
 import models
 from run import command
-from upscale import (
-    add_how,
-    add_network,
-    check_image,
-    check_network,
-    estimate_kernel,
-    kernel_picture,
-    place,
-    upscale,
-)
+from tiles import check_image, estimate_kernel, upscale
+from upscale import add_how, add_network, check_network, kernel_picture, place
 
 
 # ---- how good: PSNR and SSIM of the luma --------------------------------------------------------

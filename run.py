@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -104,9 +104,10 @@ def usable_device(text: str) -> torch.device:
 
 
 # ---- files --------------------------------------------------------------------------------------
-def write_file(path: str | os.PathLike, blob: bytes) -> None:
+def write_file(path: str | os.PathLike, content: bytes | Iterable[bytes]) -> None:
     """Writes a file in full or not at all: under a temporary name beside it, then renamed.
 
+    content: all of it, or pieces that are written as they come.
     OSError, naming the path: the folder is missing, the disk is full, or it is no plain file.
     """
     target = Path(os.path.realpath(path))    # a link stays a link: what it points to is replaced
@@ -114,7 +115,9 @@ def write_file(path: str | os.PathLike, blob: bytes) -> None:
     if target.exists() and not target.is_file():
         raise OSError(f"cannot write {path}: it is not a plain file, choose another name")
     try:
-        temporary.write_bytes(blob)
+        with open(temporary, "wb") as file:
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
         os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror or error}): check the folder and its "

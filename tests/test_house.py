@@ -18,7 +18,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "assets").glob("
 # Who may import whom, from below to above. A folder stands for its files, which may import each
 # other; and everyone may import run.
 NETWORKS = {"kernels", "backbones", "models"}
-PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
+PICTURES = {"bicubic", "degradation", "png", "files", "leaves", "data"}
 MAY_IMPORT = {
     "run": set(),
     "settings": set(),
@@ -36,13 +36,16 @@ MAY_IMPORT = {
     "latency": NETWORKS | {"replay", "widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
-    "files": set(),
+    "png": set(),
+    "files": {"png"},
     "leaves": set(),
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones"},
     # the commands
-    "upscale": NETWORKS | PICTURES,
-    "evaluate": NETWORKS | PICTURES | {"upscale"},
+    "export": NETWORKS,
+    "tiles": set(),
+    "upscale": NETWORKS | PICTURES | {"export", "tiles"},
+    "evaluate": NETWORKS | PICTURES | {"tiles", "upscale"},
     "crops": PICTURES | {"upscale"},
     "charts": set(),
     "page": PICTURES | {"crops", "charts"},
@@ -52,8 +55,9 @@ MAY_IMPORT = {
                                     "fitting", "flags", "settings"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
-READ_FLAGS = {"run", "upscale", "evaluate", "report", "flags", "train", "bench", "kernels"}
-COMMANDS = {"upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
+READ_FLAGS = {"run", "export", "upscale", "evaluate", "report", "flags", "train", "bench",
+              "kernels"}
+COMMANDS = {"export", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}
 
