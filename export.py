@@ -115,12 +115,10 @@ def largest_difference(model: Backbone, other: "OnnxNetwork") -> float:
 @contextmanager
 def quiet():
     """Within it the exporter does not speak of what it could do with other packages."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         yield
-    log.setLevel(level)
+    logging.disable(logging.NOTSET)
 
 
 def need(package: str, purpose: str) -> ModuleType:
@@ -128,7 +126,8 @@ def need(package: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(f"{purpose} needs {package}: pip install {package}") from None
+        name = package.partition(".")[0]
+        raise ValueError(f"{purpose} needs {name}: pip install {name}") from None
 
 
 # ---- ONNX, run ----------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """tiles.py: tiles that must not show, results in rows, the ensemble, the blind kernel."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,27 @@ def test_tiles_do_not_show_where_the_overlap_covers_what_is_seen(height, width):
     tiled = tiles.upscale(model, low, tile=96, overlap=8, on_tile=lambda: calls.append(1))
     assert np.abs(whole.astype(int) - tiled).max() <= 1      # sums in another order
     assert len(calls) > 1
+
+
+@pytest.mark.parametrize("height, width", [(70, 200), (260, 97), (300, 300), (20, 30)])
+@pytest.mark.parametrize("tile, overlap", [(0, 8), (96, 16), (96, 0), (128, 32)])
+def test_rows_are_what_tiles_that_are_painted_over_each_other_leave(height, width, tile, overlap):
+    """To the last bit. The painting holds the whole result, the rows do not."""
+    model = Local(3).eval()
+    low = picture(height, width)
+    painted = np.zeros((2 * height, 2 * width, 3), np.uint8)
+    tops, tall = tiles.tile_starts(height, tile or height, overlap)
+    lefts, wide = tiles.tile_starts(width, tile or width, overlap)
+    for top, left in itertools.product(tops, lefts):
+        part = low[top:top + tall, left:left + wide]
+        part = tiles.run_network(model, part, False, None)
+        y, x = overlap * (top > 0), overlap * (left > 0)
+        painted[2 * (top + y):2 * (top + tall), 2 * (left + x):2 * (left + wide)] = (
+            part[2 * y:, 2 * x:])
+    bands = list(tiles.upscale_rows(model, low, tile, overlap))
+    assert len(bands) == len(tops)
+    assert np.array_equal(np.concatenate(bands), painted)
+    assert np.array_equal(tiles.upscale(model, low, tile, overlap), painted)
 
 
 def test_an_overlap_that_is_too_small_shows():

@@ -13,7 +13,7 @@ import models
 import upscale
 from pictures import picture, save
 from run import WrongUsage
-from tiny import Evil, run_command
+from tiny import Evil, run_command, tiny_swinir
 
 # ---- the command --------------------------------------------------------------------------------
 BICUBIC = ["--bicubic", "--scale", 2]
@@ -61,6 +61,46 @@ def test_a_network_keeps_grey_and_transparency(here, monkeypatch, capsys):
     clear = np.asarray(Image.open(here / "clear_x4.png"))
     assert clear.shape == (32, 32, 4)
     assert np.array_equal(clear[..., 3], data.imresize(rgba[..., 3], 4))
+
+
+def test_a_result_in_bands_has_the_pixels_of_the_whole(here, monkeypatch, capsys):
+    """By bicubic, 600 rows are two bands; the network's tiles make three."""
+    rgba = np.dstack((picture(150, 20), picture(150, 20, 1)[..., 0]))
+    Image.fromarray(rgba).save(here / "clear.png")
+    assert call(monkeypatch, capsys, "clear.png", "--bicubic", "--scale", 4)[0] == 0
+    shown = np.asarray(Image.open(here / "clear_x4.png"))
+    assert np.array_equal(shown, np.dstack([
+        data.imresize(rgba[..., :3], 4), data.imresize(rgba[..., 3], 4)]))
+
+    model = tiny_swinir()[0]
+    monkeypatch.setattr(models, "load", lambda *_: model)
+    Image.fromarray(rgba[..., 0]).save(here / "grey.png")
+    for name in ("clear", "grey"):
+        code, _, errors = call(monkeypatch, capsys, f"{name}.png", "--weights", "w.pt", "--force",
+                               "--device", "cpu", "--tile", 64, "--overlap", 0)
+        assert code == 0, errors
+        low = data.decode(here / f"{name}.png")
+        whole = upscale.upscale(models.inference(model), low.rgb, 64, 0)
+        expected = np.asarray(Image.fromarray(whole).convert("L"))
+        if name == "clear":
+            expected = np.dstack([whole, data.imresize(low.alpha, 4)])
+        assert np.array_equal(np.asarray(Image.open(here / f"{name}_x4.png")), expected)
+
+
+def test_ctrl_c_leaves_no_half_picture(here, monkeypatch, capsys):
+    save(here / "photo.png", picture(300, 9))
+    imresize = data.imresize
+    calls = []
+
+    def stopped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return imresize(*arguments, **options)
+
+    monkeypatch.setattr(data, "imresize", stopped)
+    assert call(monkeypatch, capsys, "photo.png", *BICUBIC)[0] == 130
+    assert [file.name for file in here.iterdir()] == ["photo.png"]
 
 
 def test_transparency_that_a_format_cannot_hold(here, monkeypatch, capsys):
