@@ -25,13 +25,14 @@ Not here: picture files and sets of them (data.py). Read degradation.py next.
 """
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BAND = 32  # output rows that are computed by one matrix product
-STRIP = 1 << 20  # pixels of the result that `imresize` makes at a time, about
+STRIP = 1 << 21  # pixels of the result that `imresize` makes at a time, about
 
 
 def imresize(image: np.ndarray, scale: float, edge: str = "clamp",
@@ -145,6 +146,8 @@ def resize_axis(x: Tensor, axis: int, scale: float, edge: str) -> Tensor:
     return result.movedim(0, axis)
 
 
+@lru_cache(16)  # every strip asks again, and so does every picture of a size
+@torch.inference_mode(False)  # who computes gradients may get what inference made
 def bands(n: int, scale: float, edge: str) -> tuple[Tensor, Tensor]:
     """Returns the resizing of an axis of n as small matrices.
 

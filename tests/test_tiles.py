@@ -8,6 +8,7 @@ from torch import nn
 
 import tiles
 from backbones.base import SR
+from bench import tiling
 from pictures import picture
 from tiny import tiny_dcls, tiny_drn, tiny_swinir
 
@@ -75,6 +76,22 @@ def test_tiles_cover_a_side_and_share_their_overlap(overlap):
             assert all(start % tiles.ALIGN == 0 for start in starts)
             for left, right in zip(starts, starts[1:]):
                 assert left + side - right >= 2 * overlap
+
+
+def test_the_bench_looks_where_one_tile_takes_over_from_another():
+    """Two tiles of 128 rows begin at 0 and 32: the lower one takes over at row 64."""
+    assert tiles.tile_starts(128, 128, tiles.OVERLAP) == ([0], 128)
+    assert tiles.tile_starts(160, 128, tiles.OVERLAP) == ([0, 32], 128)
+    mask = tiling.seam_mask(160, 20, 128, 2)
+    assert mask.shape == (320, 40)
+    assert np.flatnonzero(mask[:, 0]).tolist() == list(range(2 * 57, 2 * 72))
+    error = np.zeros((320, 40, 3), int)
+    error[0, 0] = 9
+    error[130] = 3
+    largest, mean, near, near_mean = tiling.differences(error, mask)
+    assert (largest, near) == (9, 3)
+    assert near_mean == pytest.approx(3 / 30) and mean < near_mean
+    assert tiling.differences(error, mask & False) == (9, mean, 0, 0)
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (7, 5)])
