@@ -25,20 +25,25 @@ Not here: picture files and sets of them (data.py). Read degradation.py next.
 """
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BAND = 32  # output rows that are computed by one matrix product
+STRIP = 1 << 21  # pixels of the result that `imresize` makes at a time, about
 
 
-def imresize(image: np.ndarray, scale: float, edge: str = "clamp") -> np.ndarray:
+def imresize(image: np.ndarray, scale: float, edge: str = "clamp",
+             rows: tuple[int, int] | None = None) -> np.ndarray:
     """Resizes an 8-bit image exactly as MATLAB's `imresize(image, scale)` does.
 
     image: uint8 (H, W) or (H, W, 3), values 0..255; returns uint8 of ceil(H·scale) × ceil(W·scale).
     edge: what lies outside the image. "clamp" repeats the pixels of the border, as the benchmarks'
       files have it (older MATLAB); "mirror" reflects the image (newer versions).
+    rows: (first, end) of the result, where only some of its rows are wanted.
+    It works strip by strip: besides image and result, the memory does not grow with their height.
     Raises ValueError for another dtype, shape or edge, a scale that is not positive or an empty
     image.
     """
@@ -49,13 +54,27 @@ def imresize(image: np.ndarray, scale: float, edge: str = "clamp") -> np.ndarray
     # MATLAB computes in float64. float32 takes half the time, and at these scales it rounds to the
     # same 8 bits: at 1/2 and 1/4 the weights are multiples of 2^-12 and sums are exact, at 1/3 they
     # are multiples of 1/81 and no sum comes nearer than 1/162 to where rounding changes.
-    exact = 1 / scale in (2, 3, 4)
-    x = torch.from_numpy(np.ascontiguousarray(image))
-    x = x.to(torch.float32 if exact else torch.float64)
-    for axis in (0, 1):
-        x = resize_axis(x, axis, scale, edge)
-        x = x.add_(0.5).floor_().clamp_(0, 255)  # round, halves upwards
-    return x.to(torch.uint8).numpy()
+    dtype = torch.float32 if 1 / scale in (2, 3, 4) else torch.float64
+    height, width = math.ceil(image.shape[0] * scale), math.ceil(image.shape[1] * scale)
+    top, bottom = rows or (0, height)
+    matrix, source = bands(len(image), scale, edge)
+    step = max(1, STRIP // (BAND * max(width, image.shape[1])))
+    result = np.empty((bottom - top, width, *image.shape[2:]), np.uint8)
+    for band in range(top // BAND, math.ceil(bottom / BAND), step):
+        looks = source[band:band + step]
+        first, last = int(looks.min()), int(looks.max())
+        x = torch.from_numpy(np.ascontiguousarray(image[first:last + 1])).to(dtype)
+        x = to_8_bit(multiply(matrix[band:band + step], looks - first, x))
+        x = to_8_bit(resize_axis(x, 1, scale, edge)).to(torch.uint8).numpy()
+        begin = band * BAND                                # the row of the result that x begins at
+        start, end = max(top, begin), min(bottom, begin + len(x))
+        result[start - top:end - top] = x[start - begin:end - begin]
+    return result
+
+
+def to_8_bit(x: Tensor) -> Tensor:
+    """Rounds to 0..255 in place, halves upwards."""
+    return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def resize(x: Tensor, scale: float, edge: str = "clamp") -> Tensor:
@@ -120,30 +139,43 @@ def taps(n: int, scale: float, edge: str) -> tuple[Tensor, Tensor]:
 
 
 def resize_axis(x: Tensor, axis: int, scale: float, edge: str) -> Tensor:
-    """Resizes one axis of a float tensor, in its dtype.
-
-    It is a matrix (out, n) times x, but one with few entries, near the diagonal. So the output is
-    cut into bands of 32 rows, each a small dense matrix times those rows of x that it looks at. The
-    bands are one batched product: many small ones crawl where training's threads compete for the
-    same cores.
-    """
+    """Resizes one axis of a float tensor, in its dtype."""
     x = x.movedim(axis, 0)
-    index, weight = taps(len(x), scale, edge)
-    out = len(index)
-    bands = math.ceil(out / BAND)
-    row = torch.arange(bands * BAND).clamp(max=out - 1)  # the last row fills the last band
-    index = index[row].view(bands, BAND, -1)
-    weight = weight[row].view(bands, BAND, -1)
+    matrix, source = bands(len(x), scale, edge)
+    result = multiply(matrix, source, x)[:math.ceil(len(x) * scale)]
+    return result.movedim(0, axis)
 
+
+@lru_cache(16)  # every strip asks again, and so does every picture of a size
+@torch.inference_mode(False)  # who computes gradients may get what inference made
+def bands(n: int, scale: float, edge: str) -> tuple[Tensor, Tensor]:
+    """Returns the resizing of an axis of n as small matrices.
+
+    As a whole it is a matrix (out, n), but one with few entries, near the diagonal. So the output
+    is cut into bands of 32 rows, each a small dense matrix times those rows that it looks at:
+    float64 (bands, 32, width), and int64 (bands, width) in [0, n). The last row fills up the last
+    band.
+    """
+    index, weight = taps(n, scale, edge)
+    number = math.ceil(len(index) / BAND)
+    row = torch.arange(number * BAND).clamp(max=len(index) - 1)
+    index = index[row].view(number, BAND, -1)
+    weight = weight[row].view(number, BAND, -1)
     first = index.amin((1, 2), keepdim=True)  # (bands, 1, 1): where each band begins to look
     index = index - first
     width = int(index.max()) + 1
-    matrix = weight.new_zeros(bands, BAND, width).scatter_add_(2, index, weight)
-    source = first[:, 0] + torch.arange(width)  # (bands, width): rows of x
-    source = source.clamp(max=len(x) - 1).to(x.device)
+    matrix = weight.new_zeros(number, BAND, width).scatter_add_(2, index, weight)
+    source = first[:, 0] + torch.arange(width)
+    return matrix, source.clamp(max=n - 1)
 
-    rows = x.reshape(len(x), -1).index_select(0, source.flatten())
-    rows = rows.view(bands, width, -1)  # (bands, width, all else)
+
+def multiply(matrix: Tensor, source: Tensor, x: Tensor) -> Tensor:
+    """Applies bands: (n, ...) -> (32·bands, ...), in the dtype of x.
+
+    They are one batched product: many small ones crawl where training's threads compete for the
+    same cores.
+    """
+    rows = x.reshape(len(x), -1).index_select(0, source.flatten().to(x.device))
+    rows = rows.view(*source.shape, -1)  # (bands, width, all else)
     result = matrix.to(x) @ rows
-    result = result.flatten(0, 1)[:out].view(-1, *x.shape[1:])
-    return result.movedim(0, axis)
+    return result.flatten(0, 1).view(-1, *x.shape[1:])

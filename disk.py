@@ -24,9 +24,10 @@ LARGEST_TEXT = 64 << 20              # bytes of a text, and of a checkpoint's pa
 
 
 # ---- writing ------------------------------------------------------------------------------------
-def write_file(path: str | os.PathLike, blob: bytes) -> None:
+def write_file(path: str | os.PathLike, content: bytes | Iterable[bytes]) -> None:
     """Writes a file in full or not at all: under a temporary name beside it, then renamed.
 
+    content: all of it, or pieces that are written as they come.
     When it returns, the file is on the disk and survives a power cut.
     OSError, naming the path: the folder is missing, the disk is full, or it is no plain file.
     """
@@ -36,7 +37,8 @@ def write_file(path: str | os.PathLike, blob: bytes) -> None:
         raise OSError(f"cannot write {path}: it is not a plain file, choose another name")
     try:
         with open(temporary, "wb") as file:
-            file.write(blob)
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -32,16 +32,14 @@ import data
 import kernels
 import models
 from run import Bar, WrongUsage, command, filled, real
+from tiles import check_image, estimate_kernel, upscale
 from upscale import (
     add_how,
     add_network,
-    check_image,
     check_network,
-    estimate_kernel,
     kernel_picture,
     own_network,
     place,
-    upscale,
 )
 
 

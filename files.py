@@ -10,15 +10,18 @@ Not here: folders and sets of pictures (data.py, which offers all this again).
 import glob
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+import png
 from run import WrongUsage, real, write_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+WHOLE_PIXELS = 1 << 28  # the largest picture written in a format that needs all of it at once
 MAX_PIXELS = 1 << 29  # the largest picture read: 536 million pixels, 1.6 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is lower and warns; `decode` checks ours
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # of a PNG's comments and colour profile; Pillow's is 1 MB
@@ -155,6 +158,26 @@ def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
         raise ValueError(f"cannot write {path} from {what} ({error}): use .png and uint8 "
                          f"(H, W, 3)") from error
     write_file(path, blob.getvalue())
+
+
+def write_rows(path: str | os.PathLike, bands: Iterable[np.ndarray], height: int, width: int,
+               channels: int) -> None:
+    """Writes a picture that comes in bands of rows from top to bottom, in full or not at all.
+
+    bands: uint8 (rows, width) or (rows, width, channels), as many as make `height` rows; channels
+    as in `png.encode`. A PNG is written while they come, so that memory does not grow with the
+    picture; for other formats, which Pillow writes, they are put together first.
+    Raises as `write_image` does.
+    """
+    if Path(path).suffix.lower() == ".png":
+        write_file(path, png.encode(bands, height, width, channels))
+        return
+    whole = np.empty((height, width, channels), np.uint8)
+    y = 0
+    for band in bands:
+        whole[y:y + len(band)] = band.reshape(-1, width, channels)
+        y += len(band)
+    write_image(path, whole[..., 0] if channels == 1 else whole)
 
 
 def size(image: np.ndarray) -> str:
@@ -310,12 +333,19 @@ def make_folders(jobs: list[Job], output: str | None) -> None:
 
 
 def check_size(job: Job, shape: tuple[int, int], scale: int) -> None:
-    """ValueError where the target's format cannot hold the enlarged picture."""
-    longest = FORMATS[job.target.suffix.lower()].longest
+    """ValueError where the target's format cannot hold the enlarged picture, or not within a few
+    gigabytes of memory: all but PNG are written from the whole picture (`write_rows`).
+    """
+    suffix = job.target.suffix.lower()
+    longest = FORMATS[suffix].longest
+    height, width = shape
     if max(shape) * scale > longest:
-        height, width = shape
         raise ValueError(f"{job.target}: its format holds {longest} pixels a side, "
                          f"{width}x{height} times {scale} is more: use .png")
+    if suffix != ".png" and height * width * scale ** 2 > WHOLE_PIXELS:
+        raise ValueError(f"{job.target}: {width}x{height} times {scale} is more than "
+                         f"{WHOLE_PIXELS:,} pixels, which only a PNG is written row by row for: "
+                         f"use .png")
 
 
 class Header(NamedTuple):

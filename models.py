@@ -10,6 +10,7 @@ The networks are in backbones/, a file each; `PRESETS` holds the published sizes
 pruning. Duals are handled as plain state dicts (dual.py builds them).
 """
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -181,11 +182,11 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
                   given: own.Given | None = None) -> tuple[Backbone, list[dict] | None]:
     """(network, state dicts of its duals, or None where the file has none) of a file.
 
-    One of our checkpoints rebuilds itself. So does a name of zoo.py, such as "zoo:drn_s30", whose
-    file is downloaded the first time. An official file needs `arch`, `scale` (4 if not given)
-    and, for a pruned network, `channels`, the path of its channel file. Only tensors and plain
-    containers are unpickled. The network is on the CPU and in training mode. given: the flags of a
-    network of the user's own, whose file is run.
+    One of our checkpoints rebuilds itself, and so does a .safetensors file of export.py, or a name
+    of zoo.py, such as "zoo:drn_s30", whose file is downloaded the first time. An official file
+    needs `arch`, `scale` (4 if not given) and, for a pruned network, `channels`, the path of its
+    channel file. Only tensors and plain containers are unpickled. The network is on the CPU and in
+    training mode. given: the flags of a network of the user's own, whose file is run.
     ValueError: a file that is missing, damaged, or of another arch or scale than given; see also
     load_state and read_channels.
     """
@@ -195,7 +196,7 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         path, released = zoo.find(name)
         check_given(name, released.arch, released.scale, arch, scale, channels)
         arch, scale, widths = released.arch, released.scale, released.widths
-    state = read_checkpoint(path)
+    state = read_file(path)
     if given:
         own.open_file(given.network)
         if not is_checkpoint(state):
@@ -238,6 +239,42 @@ def check_given(name: str | Path, its_arch: str, its_scale: int, arch: str | Non
                              f"--{flag} {its}")
     if channels is not None:
         raise ValueError(f"{name} knows its own channel numbers: leave --channels out")
+
+
+def read_file(path: str | Path) -> dict:
+    """The content of a file of weights, by its extension; ValueError as in `load_networks`."""
+    kind = Path(path).suffix.lower()
+    if kind == ".onnx":
+        raise ValueError(f"{path} is an exported network, which only upscale.py runs: give the "
+                         f"checkpoint that it was made of")
+    return read_safetensors(path) if kind == ".safetensors" else read_checkpoint(path)
+
+
+def read_safetensors(path: str | Path) -> dict:
+    """A .safetensors file as `checkpoint` would be, without duals; where its metadata do not say
+    what network it is, its state dict. ValueError: it is missing or damaged, or safetensors is.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: give the path of a checkpoint") from None
+    except Exception as error:                   # garbage, as in run.read_checkpoint
+        raise ValueError(f"{path} is damaged or no safetensors file at all: copy or download it "
+                         f"again") from error
+    if "arch" not in about:
+        return state
+    try:
+        scale, widths = int(about["scale"]), json.loads(about["widths"])
+        widths = {name: int(n) for name, n in widths.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged metadata (scale, widths): export it again") from error
+    return dict(arch=about["arch"], scale=scale, widths=widths, model=state)
 
 
 def read_channels(path: str | Path, count: int) -> list[int]:

@@ -5,9 +5,11 @@
     python upscale.py "*.png" --arch dat_light --weights DAT_light_x4.pth
     python upscale.py photo.jpg --arch dcls --weights dcls.pt --blur-kernel blur.png
     python upscale.py photo.jpg --weights W --consistency  # and a map of where not to trust it
+    python upscale.py photo.jpg --weights drn.onnx                      # a file of export.py
 
 Any picture that Pillow reads, of any size: grey stays grey, transparency is enlarged by bicubic,
-large pictures are worked on in overlapping tiles. Nothing is overwritten without --force.
+large pictures are worked on in overlapping tiles (tiles.py), and a PNG is written while they are
+made. Nothing is overwritten without --force.
 
 Not here: how good the result is (evaluate.py, to be read next).
 """
@@ -15,18 +17,17 @@ import quiet  # noqa: F401, first: what follows takes seconds to import
 
 # isort: split
 import argparse
-import itertools
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import consistency
@@ -35,7 +36,8 @@ import graphs
 import kernels
 import models
 import own
-from files import FORMATS, Header, Job, check_size, look, make_folders, plan
+from export import open_onnx
+from files import FORMATS, Header, Job, check_size, look, make_folders, plan, write_rows
 from run import (
     WrongUsage,
     at_least,
@@ -46,148 +48,36 @@ from run import (
     real,
     usable_device,
 )
+from tiles import (
+    AUTO_PIXELS,
+    OVERLAP,
+    estimate_kernel,
+    smallest_tile,
+    tile_starts,
+    upscale,
+    upscale_rows,
+)
 
-OVERLAP = 32                 # LR pixels of context around a tile: networks hardly see further
-ALIGN = 32                   # tiles start at multiples of it: it is a multiple of every window
+__all__ = ["upscale"]                # for who calls it from a program: see tiles.py
+
 AUTO_TILE = 384              # side of the tiles, in LR pixels, of a picture that has more than
-AUTO_PIXELS = 500_000        # so many LR pixels, where --tile is not given
+#                              AUTO_PIXELS, where --tile is not given
+BICUBIC_ROWS = 512           # of the result, that bicubic hands on at a time
 
 
-# ---- one picture --------------------------------------------------------------------------------
-def upscale(model: nn.Module, low: np.ndarray, tile: int = 0, overlap: int = OVERLAP,
-            ensemble: bool = False, kernel: np.ndarray | None = None,
-            on_tile: Callable[[], object] | None = None) -> np.ndarray:
-    """Enlarges a picture: uint8 (H, W, 3), any size from 1×1 -> uint8 (H·s, W·s, 3).
-
-    The result is clamped and rounded to the nearest integer. `model` runs as it is, on its own
-    device; for speed give `models.inference(model)`.
-
-    tile      largest side of a tile in LR pixels, 0 for the whole picture at once. It bounds the
-              memory: only the result is full-size. A tile sees `overlap` LR pixels of its
-              neighbours, which are cut away from its result: the whole equals the untiled result
-              where `overlap` covers what the network sees. Networks with channel attention (DRN,
-              DCLS) or channel-wise attention (DAT) look at a whole tile and differ slightly;
-              `python -m bench.tiling` measures by how much.
-    ensemble  mean of the eight flips and rotations, before rounding (EDSR, Lim et al. 2017, 3.4)
-    kernel    for a blind network the blur kernel (k, k) of the picture; default: its own estimate
-    on_tile   called after each tile
-    ValueError: another kind of array, a tile without room for its overlap. FloatingPointError: the
-    network returned nan or inf.
-    """
-    check_image(low)
-    if tile and tile < smallest_tile(overlap):
-        raise ValueError(f"tile {tile} is too small for an overlap of {overlap}: give at least "
-                         f"{smallest_tile(overlap)}, or 0 for the whole picture")
-    if kernel is None:
-        kernel = estimate_kernel(model, low)
-    height, width = low.shape[:2]
-    s = model.scale
-    rows, tile_height = tile_starts(height, tile or height, overlap)
-    columns, tile_width = tile_starts(width, tile or width, overlap)
-    high = np.empty((height * s, width * s, 3), np.uint8)
-    for top, left in itertools.product(rows, columns):
-        bottom, right = top + tile_height, left + tile_width
-        part = run_network(model, low[top:bottom, left:right], ensemble, kernel)
-        # What the tile knows too little of is left out: at the top and left here, at its other
-        # ends the next tiles write over it.
-        y = 0 if top == 0 else top + overlap
-        x = 0 if left == 0 else left + overlap
-        high[y * s:bottom * s, x * s:right * s] = part[(y - top) * s:, (x - left) * s:]
-        if on_tile:
-            on_tile()
-    return high
-
-
-def check_image(image: np.ndarray) -> None:
-    """ValueError for anything but a uint8 array (H, W, 3) with at least one pixel."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"an image must be a uint8 array of shape (H, W, 3), this is "
-                         f"{image.dtype} {image.shape}")
-
-
-def smallest_tile(overlap: int) -> int:
-    """The smallest side of a tile that leaves something of it behind its overlaps."""
-    return 2 * overlap + 2 * ALIGN
-
-
-def tile_starts(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
-    """Where the tiles of one side begin, and their common size, which is at most `tile`.
-
-    As few tiles as possible, and then as small as possible. Starts are multiples of ALIGN, the last
-    tile ends with the picture, neighbours share at least 2·overlap pixels.
-    """
-    if length <= tile:
-        return [0], length
-    inner = (length - 2 * overlap) // ALIGN
-    for number in itertools.count(2):
-        quotient, rest = divmod(inner, number)
-        last = quotient * (number - 1) + max(rest - 1, 0)      # the last start, in ALIGNs
-        side = length - last * ALIGN
-        if side <= tile:
-            return [last * i // (number - 1) * ALIGN for i in range(number)], side
-
-
-def to_input(model: nn.Module, low: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) -> (1, 3, H, W) in 0..1 on the model's device."""
-    device = torch.device("cpu")
-    for parameter in model.parameters():
-        device = parameter.device
-    return torch.from_numpy(np.array(low)).to(device).permute(2, 0, 1)[None].float() / 255
-
-
-@torch.inference_mode()
-def estimate_kernel(model: nn.Module, low: np.ndarray) -> np.ndarray | None:
-    """The blur kernel that a blind network sees in a picture; None from any other network.
-
-    low: uint8 (H, W, 3) -> float32 (k, k), in LR pixels, sums to 1. A picture has one blur, and a
-    tile of sky does not show it: the kernel is estimated once, from the whole picture, or from its
-    centre where it has more than AUTO_PIXELS pixels, which bounds the memory.
-    """
-    if not getattr(model, "kernel_size", 0):
-        return None
-    height, width = low.shape[:2]
-    if height * width > AUTO_PIXELS:
-        side = math.isqrt(AUTO_PIXELS)
-        top = max(0, height - side) // 2
-        left = max(0, width - side) // 2
-        low = low[top:top + side, left:left + side]
-    return model.estimate(to_input(model, low))[0, 0].float().cpu().numpy()
-
-
-@torch.inference_mode()
-def run_network(model: nn.Module, low: np.ndarray, ensemble: bool,
-                kernel: np.ndarray | None) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (H·s, W·s, 3), the whole at once."""
-    inputs = [to_input(model, low)]
-    if kernel is not None:
-        inputs.append(torch.from_numpy(kernel).to(inputs[0])[None, None])      # (1, 1, k, k)
-    turns = [(0, False)]
-    if ensemble:
-        turns = list(itertools.product(range(4), (False, True)))
-    total = 0
-    for k, flip in turns:                    # the blur kernel is turned with the picture
-        turned = [torch.rot90(x.flip(3) if flip else x, k, (2, 3)) for x in inputs]
-        image = torch.rot90(model(*turned).images[model.scale], -k, (2, 3))
-        total = total + (image.flip(3) if flip else image)
-    image = total / len(turns)
-    if not image.isfinite().all():
-        raise FloatingPointError("the network's output is not finite: its weights are damaged, "
-                                 "train it again")
-    return (image[0] * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-
-
+# ---- one file -----------------------------------------------------------------------------------
 def kernel_picture(kernel: np.ndarray, zoom: int = 8) -> np.ndarray:
     """A blur kernel to look at: float (k, k) -> uint8 (zoom·k, zoom·k), its largest entry white."""
     grey = (255 * (kernel / kernel.max()).clip(0, 1)).round().astype(np.uint8)
     return grey.repeat(zoom, 0).repeat(zoom, 1)
 
 
-# ---- one file -----------------------------------------------------------------------------------
 def enlarge(job: Job, model: nn.Module | None, scale: int, args: argparse.Namespace,
             bar: tqdm) -> str:
     """Reads, enlarges and writes one picture; returns its sizes as "20x30 -> 80x120".
 
-    model: None for bicubic. Grey stays grey, transparency is enlarged by bicubic.
+    model: None for bicubic. Grey stays grey, transparency is enlarged by bicubic. The result goes
+    to the file row by row, as it is made.
     ValueError: a picture that cannot be read, or that the format cannot hold.
     """
     low, alpha, grey = data.decode(job.source)
@@ -198,26 +88,47 @@ def enlarge(job: Job, model: nn.Module | None, scale: int, args: argparse.Namesp
                              f"use .png, .webp or .tif")
         alpha = None                         # opaque everywhere: nothing is lost
     if model is None:
-        high = data.imresize(low, scale)
-        bar.update()
+        bands = bicubic_rows(low, scale, bar.update)
     else:
         kernel = estimate_kernel(model, low)
         tile = tile_size(args, low.shape[:2])
-        high = upscale(model, low, tile, args.overlap, args.self_ensemble, kernel, bar.update)
-    if grey:
-        high = np.asarray(Image.fromarray(high).convert("L"))
-    if alpha is not None:
-        high = np.dstack((high, data.imresize(alpha, scale)))                  # (H·s, W·s, 2 or 4)
-    data.write_image(job.target, high)
+        bands = upscale_rows(model, low, tile, args.overlap, args.self_ensemble, kernel, bar.update)
+    height, width = low.shape[0] * scale, low.shape[1] * scale
+    channels = (1 if grey else 3) + (alpha is not None)
+    write_rows(job.target, like_source(bands, alpha, grey, scale), height, width, channels)
     if args.blur_kernel:
         data.write_image(args.blur_kernel, kernel_picture(kernel))
-    return f"{data.size(low)} -> {data.size(high)}"
+    return f"{data.size(low)} -> {width}x{height}"
+
+
+def bicubic_rows(low: np.ndarray, scale: int, on_band: Callable[[], object]) -> Iterator:
+    """Yields MATLAB's bicubic enlargement of uint8 (H, W, 3) from top to bottom, in bands."""
+    height = len(low) * scale
+    for top in range(0, height, BICUBIC_ROWS):
+        yield data.imresize(low, scale, rows=(top, min(top + BICUBIC_ROWS, height)))
+        on_band()
+
+
+def like_source(bands: Iterable[np.ndarray], alpha: np.ndarray | None, grey: bool,
+                scale: int) -> Iterator[np.ndarray]:
+    """Yields the bands (h, W·s, 3) with the channels that the source has.
+
+    One channel where it is grey; behind them its transparency, enlarged by bicubic: alpha is
+    uint8 (H, W), or None.
+    """
+    top = 0
+    for band in bands:
+        bottom = top + len(band)
+        if grey:
+            band = np.asarray(Image.fromarray(band).convert("L"))
+        if alpha is not None:
+            band = np.dstack((band, data.imresize(alpha, scale, rows=(top, bottom))))
+        yield band
+        top = bottom
 
 
 def tile_size(args: argparse.Namespace, shape: tuple[int, int]) -> int:
     """The largest tile for a picture of this height and width; 0: none."""
-    if args.bicubic:
-        return 0
     if args.tile is None:
         return AUTO_TILE if math.prod(shape) > AUTO_PIXELS else 0
     return args.tile
@@ -252,7 +163,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """The flags that say which network, shared with evaluate.py."""
     add = parser.add_argument_group("network").add_argument
     add("--weights", type=filled, metavar="FILE",
-        help="a checkpoint of train.py, an official file, or a name: zoo:drn_s (see zoo.py)")
+        help="a file of train.py, of export.py, an official one, or a name (zoo:drn_s)")
     add("--arch", choices=tuple(models.PRESETS), help="network of an official file")
     add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
     add("--channels", type=filled, metavar="FILE",
@@ -338,11 +249,40 @@ def cpu_has_bf16() -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def tiles(args: argparse.Namespace, shape: tuple[int, int]) -> int:
-    """How many tiles a picture of this height and width is worked on in."""
+def count_tiles(args: argparse.Namespace, shape: tuple[int, int]) -> int:
+    """How many tiles a picture of this height and width is worked on in, or bands of bicubic."""
+    if args.bicubic:
+        return math.ceil(shape[0] * args.scale / BICUBIC_ROWS)
     tile = tile_size(args, shape)
     starts = [tile_starts(length, tile or length, args.overlap)[0] for length in shape]
     return math.prod(len(each) for each in starts)
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module | None, nn.ModuleList | None, str]:
+    """(the network, ready for inference, or None for bicubic; its duals for --consistency; what it
+    runs on, for people).
+    """
+    using = kernels.choose(args.kernels)
+    if not args.weights:
+        return None, None, ""
+    if args.weights.lower().endswith(".onnx"):
+        for flag, default in (("arch", None), ("scale", None), ("channels", None),
+                              ("kernels", None), ("precision", "float32"), ("network", None)):
+            if getattr(args, flag) != default:
+                raise WrongUsage(f"{args.weights} is an exported network, it knows its own "
+                                 f"{flag}: leave --{flag} out")
+        model = open_onnx(args.weights, args.device)
+        duals = consistency.load_duals(args.weights, model, None) if args.consistency else None
+        return model, duals, f"{model.device}, float32, onnxruntime"
+    model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels,
+                                         own_network(args))
+    duals = None
+    if args.consistency:
+        duals = consistency.load_duals(args.weights, model, states).to(args.device)
+    model = models.inference(model, args.precision, args.device)
+    if args.device.type == "cuda" and args.kernels != "torch":
+        graphs.use(model)
+    return model, duals, place(args.device, args.precision, using)
 
 
 def main() -> None:
@@ -350,14 +290,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")      # names that the terminal cannot show
     if not args.weights and not args.bicubic:
         raise no_weights(args.input)
-    model = duals = None
-    scale = args.scale
-    if args.weights:
-        model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels,
-                                              own_network(args))
-        scale = model.scale
-        if args.consistency:
-            duals = consistency.load_duals(args.weights, model, states).to(args.device)
+    model, duals, using = load(args)
+    scale = model.scale if model else args.scale
     if args.blur_kernel and not getattr(model, "kernel_size", 0):
         raise ValueError(f"--blur-kernel {args.blur_kernel}: only a blind network (dcls) estimates "
                          f"a kernel, leave it out")
@@ -371,13 +305,9 @@ def main() -> None:
     for job, header in zip(jobs, headers):
         check_size(job, (header.height, header.width), scale)
     make_folders(jobs, args.output)
-    using = kernels.choose(args.kernels)
     how = f"bicubic x{scale}"
     if model:
-        how = f"{model.arch} x{scale} on {place(args.device, args.precision, using)}"
-        model = models.inference(model, args.precision, args.device)
-        if args.device.type == "cuda" and args.kernels != "torch":
-            graphs.use(model)
+        how = f"{model.arch} x{scale} on {using}"
     enlarge_all(jobs, headers, model, scale, args, how, duals)
 
 
@@ -390,7 +320,7 @@ def enlarge_all(jobs: list[Job], headers: list[Header], model: nn.Module | None,
     ValueError, if anything was wrong. The one progress bar shows in a terminal only (disable=None).
     """
     failed = 0
-    counts = [tiles(args, (header.height, header.width)) for header in headers]
+    counts = [count_tiles(args, (header.height, header.width)) for header in headers]
     with tqdm(total=sum(counts), desc="upscale", unit="tile", leave=False, disable=None) as bar:
         for i, job in enumerate(jobs):
             start = time.perf_counter()
@@ -423,7 +353,7 @@ def notes(job: Job, header: Header, args: argparse.Namespace, bar: tqdm) -> None
     height, width, wide = header
     if wide:
         bar.write(f"note: {job.source} has 16 bits per channel, the result has 8", file=sys.stdout)
-    if args.tile is None and tiles(args, (height, width)) > 1:
+    if args.tile is None and not args.bicubic and count_tiles(args, (height, width)) > 1:
         bar.write(f"note: {width}x{height} pixels are worked on in tiles of at most {AUTO_TILE} "
                   f"(--tile 0: all at once)", file=sys.stdout)
 

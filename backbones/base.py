@@ -161,6 +161,12 @@ class Backbone(nn.Module, ABC):
         """
         pad_pairs(self)
 
+    def make_portable(self) -> None:
+        """Replaces, in place, what ONNX has no operation for; the output stays the same.
+
+        export.py calls it on a copy. Most backbones leave it out.
+        """
+
     def set_drop_path(self, rate: float) -> None:
         """Sets the stochastic depth of the last block; it rises linearly from 0 in the first.
 

@@ -13,6 +13,8 @@ space ("deep constrained least squares"), and refines the result:
 Prunable: the width inside every residual block, the latent vector, and the width inside the wide
 path of every DPCAB. Images come clamped to 0..1, as in the release.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,10 +122,68 @@ def deconvolve(x: Tensor, kernel: Tensor, prior: Tensor) -> Tensor:
     return z[:, :, start:start + h, start:start + w]
 
 
+def deconvolve_portably(x: Tensor, kernel: Tensor, prior: Tensor) -> Tensor:
+    """`deconvolve` by products of real matrices, for ONNX: its transform does not make real numbers
+    out of half a spectrum in onnxruntime, and not every other runtime has one.
+    """
+    h, w = x.shape[2:]
+    k, p = kernel.shape[-1], prior.shape[-1]
+    x = F.pad(x, (k, k, k, k), "replicate")
+    height, width = x.shape[2:]
+    waves = (*fourier(height, x), *fourier(width, x))
+    small = torch.cat((kernel, F.pad(prior, (0, k - p, 0, k - p))), 1)     # (N, 1 + C, k, k)
+    re, im = spectrum(small, *waves)
+    power = re.square() + im.square()
+    penalised = power[:, :1] + power[:, 1:]
+    blur_re, blur_im = re[:, :1], im[:, :1]
+    re, im = spectrum(x, *waves)
+    z_re = (blur_re * re + blur_im * im) / penalised         # conj(K)·X / (|K|² + |P|²)
+    z_im = (blur_re * im - blur_im * re) / penalised
+    cos_y, sin_y, cos_x, sin_x = waves
+    even = cos_y @ z_re - sin_y @ z_im                       # the real part of the way back
+    odd = cos_y @ z_im + sin_y @ z_re
+    z = (even @ cos_x - odd @ sin_x) / (height * width)
+    start = k - k // 2
+    return z[:, :, start:start + h, start:start + w]
+
+
+def fourier(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, n) of 2π·j·k / n, in the type and on the device of `like`."""
+    j = torch.arange(n, device=like.device)
+    whole = j[-1] + 1                                        # n, as a tensor: the exporter asks so
+    angle = (j[:, None] * j % whole).to(like.dtype) * (2 * math.pi / n)    # below 2π: exact enough
+    return angle.cos(), angle.sin()
+
+
+def spectrum(x: Tensor, cos_y: Tensor, sin_y: Tensor, cos_x: Tensor, sin_x: Tensor):
+    """(real, imaginary) part of the transform of x (..., h, w), as if filled up with zeros."""
+    h, w = x.shape[-2:]
+    a, b = x @ cos_x[:w], x @ sin_x[:w]                      # the rows: a − bi
+    cos_y, sin_y = cos_y[:, :h], sin_y[:, :h]
+    return cos_y @ a - sin_y @ b, -(cos_y @ b + sin_y @ a)   # (cos − i·sin)(a − bi)
+
+
+class PortableMeans(nn.Module):
+    """`AdaptiveAvgPool2d(3)` for ONNX, which has it for one size of image only."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, c, H, W) -> (N, c, 3, 3)."""
+        height, width = x.shape[2:]
+        return self.thirds(height, x) @ x @ self.thirds(width, x).t()
+
+    def thirds(self, n: int, like: Tensor) -> Tensor:
+        """(3, n): row i takes the mean of the entries from ⌊i·n/3⌋ to ⌈(i + 1)·n/3⌉, exclusive."""
+        j = torch.arange(n, device=like.device)
+        starts = torch.arange(3, device=like.device)[:, None] * (j[-1] + 1)        # 3 times that
+        inside = (3 * j + 3 > starts) & (3 * j < starts + j[-1] + 1)
+        inside = inside.to(like.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+
 class CLS(nn.Module):
     """Deconvolution in a quarter of the channels; the prior comes from the features."""
     def __init__(self, channels: int, reduced: int):
         super().__init__()
+        self.deconvolve = deconvolve
         self.reduce_feature = conv(channels, reduced, 1)
         self.grad_filter = nn.Sequential(
             nn.Conv2d(reduced, reduced, 3),
@@ -140,7 +200,7 @@ class CLS(nn.Module):
         x = self.reduce_feature(x)
         prior = self.grad_filter(x).exp()                                  # (N, c/4, 3, 3)
         prior = prior - prior.mean((2, 3), keepdim=True)   # sums to 0: flat areas pay no penalty
-        return self.expand_feature(deconvolve(x, kernel, prior))
+        return self.expand_feature(self.deconvolve(x, kernel, prior))
 
 
 # ---- and the result is refined ------------------------------------------------------------------
@@ -292,6 +352,11 @@ class DCLS(Backbone):
         """(N, 3, H, W) in 0..1 -> (N, 1, k, k), the blur kernel in LR pixels, sums to 1."""
         check_size(low)
         return exact(self.Estimator, low)
+
+    def make_portable(self) -> None:
+        head = self.Restorer.head2
+        head.deconvolve = deconvolve_portably
+        head.grad_filter[5] = PortableMeans()
 
     @torch.no_grad()
     def start_from_interpolation(self) -> None:

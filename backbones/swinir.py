@@ -319,12 +319,15 @@ def pad_to_multiple(x: Tensor, unit: int) -> Tensor:
     """Pads (N, 3, H, W) on the right and at the bottom until both sides are multiples of `unit`.
 
     The picture is reflected; a side that is too short for that repeats its last pixel (there the
-    release fails).
+    release fails). By indices, so that an exported network does it for any size, too.
     """
-    height, width = x.shape[2:]
-    right, down = -width % unit, -height % unit
-    if right:
-        x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
-    if down:
-        x = F.pad(x, (0, 0, 0, down), mode="reflect" if down < height else "replicate")
+    for axis in (2, 3):
+        last = x.shape[axis] - 1
+        padded = (last + unit) // unit * unit
+        if padded == last + 1:
+            continue
+        index = torch.arange(padded, device=x.device)
+        mirrored = last - (index - last).abs()       # ..., last - 1, last, last - 1, ...
+        index = torch.where(mirrored[-1] < 0, index.clamp(max=last), mirrored)
+        x = x.index_select(axis, index)
     return x

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import bicubic
 from bicubic import imresize, resize, resize_axis
 from pictures import picture
 
@@ -144,6 +145,19 @@ def test_rounding_happens_after_each_axis():
     difference = np.abs(imresize(image, 1 / 4) - once)
     assert difference.max() == 1
     assert 0.02 < difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("scale", [4, 3, 5, 2.5, 1 / 2, 1 / 3, 0.37])
+@pytest.mark.parametrize("edge", ["clamp", "mirror"])
+def test_imresize_by_strips_and_rows_is_the_same(scale, edge, monkeypatch):
+    """To the last bit, wherever the strips lie: a strip of one band, and all at once."""
+    image = picture(203, 61)
+    whole = imresize(image, scale, edge)
+    monkeypatch.setattr(bicubic, "STRIP", 1)
+    assert np.array_equal(imresize(image, scale, edge), whole)
+    height = len(whole)
+    for rows in ((0, 1), (height // 3, height), (height // 2, height // 2 + 33)):
+        assert np.array_equal(imresize(image, scale, edge, rows), whole[slice(*rows)])
 
 
 def test_imresize_keeps_what_was_verified():

@@ -18,7 +18,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "assets").glob("
 # Who may import whom, from below to above. A folder stands for its files, which may import each
 # other; and everyone may import run.
 NETWORKS = {"kernels", "backbones", "models", "zoo"}
-PICTURES = {"bicubic", "degradation", "files", "leaves", "data"}
+PICTURES = {"bicubic", "degradation", "png", "files", "leaves", "data"}
 MAY_IMPORT = {
     "quiet": set(),
     "parallel": set(),
@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "latency": NETWORKS | {"replay", "widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
-    "files": set(),
+    "png": set(),
+    "files": {"png"},
     "leaves": set(),
     "degradation": {"bicubic", "backbones"},
     "data": PICTURES - {"data"} | {"backbones", "download"},
@@ -56,8 +57,10 @@ MAY_IMPORT = {
     # the commands
     "graphs": set(),
     "consistency": PICTURES | {"dual"},
-    "upscale": NETWORKS | PICTURES | {"consistency", "graphs", "own"},
-    "evaluate": NETWORKS | PICTURES | {"upscale"},
+    "export": NETWORKS,
+    "tiles": set(),
+    "upscale": NETWORKS | PICTURES | {"consistency", "export", "graphs", "own", "tiles"},
+    "evaluate": NETWORKS | PICTURES | {"tiles", "upscale"},
     "crops": PICTURES | {"upscale"},
     "charts": set(),
     "page": PICTURES | {"crops", "charts"},
@@ -72,9 +75,9 @@ MAY_IMPORT = {
                                     "unpaired"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
-READ_FLAGS = {"commands", "download", "upscale", "evaluate", "report", "flags", "train", "bench",
-              "kernels"}
-COMMANDS = {"data", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
+READ_FLAGS = {"commands", "download", "export", "upscale", "evaluate", "report", "flags", "train",
+              "bench", "kernels"}
+COMMANDS = {"data", "export", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}
 

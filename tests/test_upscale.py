@@ -6,116 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import data
 import files
 import models
 import upscale
-from backbones.base import SR
 from pictures import picture, save
 from run import WrongUsage
-from tiny import Evil, run_command, tiny_dcls, tiny_drn, tiny_swinir
-
-
-class Local(nn.Module):
-    """Sees `reach` pixels around each one, and nothing else."""
-    scale = 2
-
-    def __init__(self, reach: int):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 12, 2 * reach + 1, padding=reach)
-        self.shuffle = nn.PixelShuffle(2)
-
-    def forward(self, x):
-        return SR({2: self.shuffle(self.conv(x))})
-
-
-# ---- tiles --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("height, width", [(70, 200), (131, 97), (257, 64)])
-def test_tiles_do_not_show_where_the_overlap_covers_what_is_seen(height, width):
-    model = Local(4).eval()
-    low = picture(height, width)
-    whole = upscale.upscale(model, low)
-    calls = []
-    tiled = upscale.upscale(model, low, tile=96, overlap=8, on_tile=lambda: calls.append(1))
-    assert np.abs(whole.astype(int) - tiled).max() <= 1      # sums in another order
-    assert len(calls) > 1
-
-
-def test_an_overlap_that_is_too_small_shows():
-    """Else the test above could not fail."""
-    model = Local(20).eval()
-    low = picture(131, 97)
-    tiled = upscale.upscale(model, low, tile=64, overlap=0)
-    assert np.abs(upscale.upscale(model, low).astype(int) - tiled).max() > 1
-
-
-@pytest.mark.parametrize("overlap", [0, 8, 32])
-def test_tiles_cover_a_side_and_share_their_overlap(overlap):
-    for length in range(1, 1500, 7):
-        for tile in (upscale.smallest_tile(overlap), 200, 384):
-            starts, side = upscale.tile_starts(length, tile, overlap)
-            assert side <= tile and starts[0] == 0 and starts[-1] + side == length
-            assert all(start % upscale.ALIGN == 0 for start in starts)
-            for left, right in zip(starts, starts[1:]):
-                assert left + side - right >= 2 * overlap
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (7, 5)])
-def test_pictures_of_any_size(height, width):
-    for model, _ in (tiny_drn(), tiny_swinir()):
-        image = upscale.upscale(model.eval(), picture(height, width))
-        assert image.shape == (4 * height, 4 * width, 3) and image.dtype == np.uint8
-
-
-@pytest.mark.parametrize("low", [
-    picture(8, 8).astype(np.float32), picture(8, 8)[..., 0], picture(8, 8)[:0]])
-def test_other_arrays_are_refused(low):
-    with pytest.raises(ValueError, match="uint8"):
-        upscale.upscale(Local(1), low)
-
-
-def test_a_tile_without_room_is_refused():
-    with pytest.raises(ValueError, match="at least 128"):
-        upscale.upscale(Local(1), picture(200, 200), tile=96)
-
-
-# ---- ensemble and blind kernel ------------------------------------------------------------------
-def test_ensemble_is_the_mean_of_eight():
-    model, _ = tiny_swinir()
-    low = picture(12, 20)
-    total = 0
-    for flip in (False, True):
-        for k in range(4):
-            turned = np.rot90(low[:, ::-1] if flip else low, k).copy()
-            x = torch.from_numpy(turned).permute(2, 0, 1)[None].float() / 255
-            with torch.inference_mode():
-                image = model(x).images[4][0].permute(1, 2, 0).double().numpy()
-            image = np.rot90(image, -k)
-            total = total + (image[:, ::-1] if flip else image)
-    expected = np.clip(np.rint(255 * total / 8), 0, 255)
-    got = upscale.upscale(model, low, ensemble=True)
-    assert np.abs(got - expected).max() <= 1
-    assert (got != expected).mean() < 0.001
-
-
-def test_a_kernel_is_estimated_once_and_can_be_given():
-    model, _ = tiny_dcls()
-    low = picture(40, 36)
-    kernel = upscale.estimate_kernel(model.eval(), low)
-    assert kernel.sum() == pytest.approx(1, abs=1e-4)
-    given = upscale.upscale(model, low, kernel=kernel)
-    assert np.array_equal(given, upscale.upscale(model, low))
-    other = np.zeros_like(kernel)
-    other[len(other) // 2, len(other) // 2] = 1
-    assert not np.array_equal(given, upscale.upscale(model, low, kernel=other))
-
-
-def test_kernel_picture():
-    shown = upscale.kernel_picture(np.array([[0, 0.5], [1, -0.1]]), zoom=2)
-    assert shown.tolist() == [[0, 0, 128, 128]] * 2 + [[255, 255, 0, 0]] * 2
-
+from tiny import Evil, run_command, tiny_swinir
 
 # ---- the command --------------------------------------------------------------------------------
 BICUBIC = ["--bicubic", "--scale", 2]
@@ -163,6 +61,46 @@ def test_a_network_keeps_grey_and_transparency(here, monkeypatch, capsys):
     clear = np.asarray(Image.open(here / "clear_x4.png"))
     assert clear.shape == (32, 32, 4)
     assert np.array_equal(clear[..., 3], data.imresize(rgba[..., 3], 4))
+
+
+def test_a_result_in_bands_has_the_pixels_of_the_whole(here, monkeypatch, capsys):
+    """By bicubic, 600 rows are two bands; the network's tiles make three."""
+    rgba = np.dstack((picture(150, 20), picture(150, 20, 1)[..., 0]))
+    Image.fromarray(rgba).save(here / "clear.png")
+    assert call(monkeypatch, capsys, "clear.png", "--bicubic", "--scale", 4)[0] == 0
+    shown = np.asarray(Image.open(here / "clear_x4.png"))
+    assert np.array_equal(shown, np.dstack([
+        data.imresize(rgba[..., :3], 4), data.imresize(rgba[..., 3], 4)]))
+
+    model = tiny_swinir()[0]
+    monkeypatch.setattr(models, "load", lambda *_: model)
+    Image.fromarray(rgba[..., 0]).save(here / "grey.png")
+    for name in ("clear", "grey"):
+        code, _, errors = call(monkeypatch, capsys, f"{name}.png", "--weights", "w.pt", "--force",
+                               "--device", "cpu", "--tile", 64, "--overlap", 0)
+        assert code == 0, errors
+        low = data.decode(here / f"{name}.png")
+        whole = upscale.upscale(models.inference(model), low.rgb, 64, 0)
+        expected = np.asarray(Image.fromarray(whole).convert("L"))
+        if name == "clear":
+            expected = np.dstack([whole, data.imresize(low.alpha, 4)])
+        assert np.array_equal(np.asarray(Image.open(here / f"{name}_x4.png")), expected)
+
+
+def test_ctrl_c_leaves_no_half_picture(here, monkeypatch, capsys):
+    save(here / "photo.png", picture(300, 9))
+    imresize = data.imresize
+    calls = []
+
+    def stopped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return imresize(*arguments, **options)
+
+    monkeypatch.setattr(data, "imresize", stopped)
+    assert call(monkeypatch, capsys, "photo.png", *BICUBIC)[0] == 130
+    assert [file.name for file in here.iterdir()] == ["photo.png"]
 
 
 def test_transparency_that_a_format_cannot_hold(here, monkeypatch, capsys):
@@ -235,6 +173,11 @@ def test_wrong_usage_is_one_sentence(arguments, code, words, here, monkeypatch, 
     got, _, errors = call(monkeypatch, capsys, *arguments)
     assert got == code
     assert words in errors and "Traceback" not in errors
+
+
+def test_kernel_picture():
+    shown = upscale.kernel_picture(np.array([[0, 0.5], [1, -0.1]]), zoom=2)
+    assert shown.tolist() == [[0, 0, 128, 128]] * 2 + [[255, 255, 0, 0]] * 2
 
 
 # ---- which files (files.plan) -------------------------------------------------------------------
