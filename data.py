@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import download
 import leaves
 from backbones.base import SR
 from bicubic import imresize, resize
@@ -48,6 +47,7 @@ from degradation import (
     reduce,
     reduce_images,
 )
+from download import main
 from files import EXTENSIONS, Decoded, decode, list_pictures, size, write_image
 from run import Bar, command
 
@@ -456,4 +456,4 @@ def to_device(batches: Iterator[SR], device: torch.device) -> Iterator[SR]:
 
 
 if __name__ == "__main__":
-    command(download.main)
+    command(main)

@@ -325,11 +325,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="data.py", allow_abbrev=False,
         description="Fetch a picture set into the folders that train.py and evaluate.py read.")
-    get_parser = parser.add_subparsers(dest="command", required=True).add_parser(
-        "get", allow_abbrev=False, help="download and unpack a set")
-    get_parser.add_argument("name", choices=(*SETS, DF2K), help="the set")
-    get_parser.add_argument("--root", metavar="DIR", required=True,
-                            help="folder that holds all sets; the archives stay in DIR/archives")
+    add = parser.add_argument
+    add("command", choices=("get",), help="download and unpack a set")
+    add("name", choices=(*SETS, DF2K), help="the set")
+    add("--root", metavar="DIR", required=True,
+        help="folder that holds all sets; the archives stay in DIR/archives")
     args = parser.parse_args()
     folder = get(args.name, Path(args.root))
     print(f"{args.name} is in {folder}")

@@ -276,7 +276,7 @@ def test_sets_are_laid_out_as_the_loader_reads_them(site, tmp_path, monkeypatch,
 @pytest.mark.parametrize("line, wrong", [
     (["get", "Set6", "--root", "x"], "invalid choice: 'Set6'"),
     (["get", "Set5"], "--root"),
-    ([], "required: command"),
+    ([], "required: command, name, --root"),
 ])
 def test_wrong_usage(monkeypatch, capsys, line, wrong):
     code, _, err = call(monkeypatch, capsys, *line)
