@@ -209,7 +209,7 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         if wrong:
             raise ValueError(f"{path} is damaged ({wrong}): copy or download it again")
         check_given(name, state["arch"], state["scale"], arch, scale, channels)
-        duals = state.get("duals")
+        duals = state["duals"] or None
         arch, scale, widths, state = (state[k] for k in ("arch", "scale", "widths", "model"))
     elif arch is None:
         raise ValueError(f"{path} does not say what network it is: give --arch "
@@ -274,7 +274,7 @@ def read_safetensors(path: str | Path) -> dict:
         widths = {name: int(n) for name, n in widths.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has damaged metadata (scale, widths): export it again") from error
-    return dict(arch=about["arch"], scale=scale, widths=widths, model=state)
+    return dict(arch=about["arch"], scale=scale, widths=widths, model=state, duals=[])
 
 
 def read_channels(path: str | Path, count: int) -> list[int]:

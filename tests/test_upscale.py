@@ -73,7 +73,7 @@ def test_a_result_in_bands_has_the_pixels_of_the_whole(here, monkeypatch, capsys
         data.imresize(rgba[..., :3], 4), data.imresize(rgba[..., 3], 4)]))
 
     model = tiny_swinir()[0]
-    monkeypatch.setattr(models, "load", lambda *_: model)
+    monkeypatch.setattr(models, "load_networks", lambda *_: (model, None))
     Image.fromarray(rgba[..., 0]).save(here / "grey.png")
     for name in ("clear", "grey"):
         code, _, errors = call(monkeypatch, capsys, f"{name}.png", "--weights", "w.pt", "--force",
