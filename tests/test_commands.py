@@ -143,8 +143,9 @@ def bar_output(monkeypatch, seconds: float) -> list[str]:
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    started = time.monotonic()
     lines = bar_output(monkeypatch, 0.05)
-    assert 3 <= len(lines) <= 12
+    assert 3 <= len(lines) <= (time.monotonic() - started) / 0.05 + 2
     assert all("train" in line and "/100" in line for line in lines)
     assert "100/100" in lines[-1]
     assert len(bar_output(monkeypatch, 30)) <= 2       # the first and the last

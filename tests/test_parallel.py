@@ -20,6 +20,7 @@ import fitting
 import flags
 import gather
 import models
+import owner
 import parallel
 import report
 import run
@@ -321,6 +322,7 @@ def test_two_processes_one_and_two_again_make_the_run_of_one(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         alone(folder, save=stop)
+    owner.HELD.clear()               # as if this process had ended, it unlocks the folder
     running = torchrun(folder)
     last, errors = running.communicate(timeout=120)
     assert running.returncode == 0, errors
