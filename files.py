@@ -93,6 +93,7 @@ def to_arrays(image: Image.Image) -> Decoded:
     if image.mode == "F":
         raise ValueError("it holds floating-point values, save it with 8 or 16 bits")
     grey = "LA;16B" in raw_modes(image)      # of grey with alpha, 16 bits, Pillow makes RGBA
+    image.load()                     # what is damaged raises here, before EXIF is looked at
     turn = UPRIGHT.get(orientation(image))
     if image.mode.startswith("I"):  # I;16 in both byte orders, and I, Pillow's mode of 16-bit PGM
         image = to_8_bit(image)

@@ -227,14 +227,16 @@ class Run:
         return dict(made=dict(config=self.config, before=self.before))
 
     def finish(self, stage: str, content: dict, started: float, **facts) -> dict:
-        """Writes `<stage>.pt`, drops the saved progress, logs the stage; returns the content.
+        """Writes `<stage>.pt`, drops the saved progress and the report of what was before, logs the
+        stage; returns the content.
 
         started: time.monotonic() at its beginning; facts: more for its line in the log.
         """
         content = content | self.made()
         self.write(f"{stage}.pt", content)
         if parallel.is_main():
-            (self.folder / "progress.pt").unlink(missing_ok=True)
+            for of_before in ("progress.pt", "report.json"):
+                (self.folder / of_before).unlink(missing_ok=True)
         self.log(stage=stage, seconds=round(time.monotonic() - started, 1), **facts)
         self.before = parallel.from_main(lambda: digest(content))
         return content

@@ -347,11 +347,11 @@ def main() -> None:
 
         # 4 select which ones, then cut
         cut = run.done("select") or select_and_cut(run, settings, device, pictures, dense,
-                                                      found["widths"])
+                                                    found["widths"])
 
         # 5 fine-tuning with distillation
         pruned = run.done("tune") or tune(run, settings, device, pictures, cut, dense,
-                                             photographs)
+                                           photographs)
         networks = dict(dense=dense, cut=cut, pruned=pruned)
 
     # 6 report, by one process

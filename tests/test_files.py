@@ -104,6 +104,7 @@ def test_a_turned_camera(tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("truncated.png", "as a picture"),
+    ("flipped.png", "as a picture"),
     ("empty.png", "as a picture"),
     ("text.png", "as a picture"),
     (".", "as a picture"),
@@ -111,6 +112,9 @@ def test_a_turned_camera(tmp_path):
 def test_what_is_no_picture_is_refused_in_one_line(tmp_path, name, words):
     whole = save(tmp_path / "whole.png", picture(64, 64)).read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[:len(whole) // 2])
+    middle = len(whole) // 2
+    flipped = bytes(255 - byte for byte in whole[middle:middle + 40])
+    (tmp_path / "flipped.png").write_bytes(whole[:middle] + flipped + whole[middle + 40:])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=words) as caught:
