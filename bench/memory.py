@@ -64,7 +64,7 @@ def main() -> None:
         if "--stand-in" in flags:
             sys.argv.remove("--stand-in")
             sys.argv += ["--weights", "none"]
-            upscale.load = lambda args: (StandIn(), "cpu")
+            upscale.load = lambda args: (StandIn(), None, "cpu")
         upscale.main()
         return
     width, height = map(int, size.split("x"))
