@@ -90,7 +90,9 @@ def print_curve(curve: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog=f"and the flags of train.py: {flags.make_parser().format_usage()}")
     add = parser.add_argument
     add("--uncut", action="store_true", help="cut nothing: the ceiling")
     add("--halved", action="store_true", help="train on the pictures at half their size")
