@@ -57,6 +57,9 @@ def draw(path: Path, width: int, height: int, alpha: bool) -> None:
 
 def main() -> None:
     size, *flags = sys.argv[1:] or [""]
+    if size == "--help":
+        print(__doc__)
+        upscale.main()                   # prints its flags, and ends
     if not re.fullmatch(r"child|\d+x\d+", size):
         raise WrongUsage("give a size, such as 4000x3000, and the flags of upscale.py")
     if size == "child":
