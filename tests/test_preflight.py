@@ -111,6 +111,7 @@ def test_a_stage_that_is_gone_is_made_again_and_is_the_same(stage, whole, monkey
     (folder / f"{stage}.pt").unlink()
     measured = []
     monkeypatch.setattr(report, "measure", lambda *a: measured.append(1))
+    monkeypatch.setattr(report, "print_table", lambda run: None)
     code, _, errors = call(monkeypatch, capsys, *QUICK, "--run", folder, "--test",
                            whole / "photos")
     assert code == 0, errors
@@ -123,6 +124,7 @@ def test_a_stage_that_is_gone_is_made_again_and_is_the_same(stage, whole, monkey
 def test_wrong_widths_and_duals_are_damage(whole, monkeypatch, capsys, tmp_path):
     """Not to be told from the others by their form; the weights tell."""
     monkeypatch.setattr(report, "measure", lambda *a: None)
+    monkeypatch.setattr(report, "print_table", lambda run: None)
     folder = shutil.copytree(whole / "run", tmp_path / "run")
     for stage, change in (("search", dict(widths={"down0": 4})), ("tune", dict(duals=[]))):
         content = torch.load(folder / f"{stage}.pt", weights_only=True)
@@ -160,6 +162,7 @@ def test_another_number_of_threads_is_told(whole, photos, monkeypatch, capsys, t
     folder = shutil.copytree(whole / "run", tmp_path / "run")
     (folder / "tune.pt").unlink()
     monkeypatch.setattr(report, "measure", lambda *a: None)
+    monkeypatch.setattr(report, "print_table", lambda run: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     code, said, _ = call(monkeypatch, capsys, *QUICK, "--run", folder, "--test", photos)
     assert code == 0
