@@ -3,10 +3,13 @@ clock that tests can turn.
 """
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # more threads would only wait for each other
+# A shell that starts the tests in the background makes them, and their children, ignore ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

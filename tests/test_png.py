@@ -88,7 +88,10 @@ run.command(lambda: files.write_rows("a.png", endless(), 10**6, 500, 3))
         assert process.stdout.readline() == "now\n"
         assert [file.suffix for file in tmp_path.iterdir()] == [".tmp"]
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        try:
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
     assert list(tmp_path.iterdir()) == []
 
 
