@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # more threads would only wait for each other
-# A shell that starts the tests in the background makes them, and their children, ignore ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -19,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import latency
 from kernels import switch
+
+# A shell that starts the tests in the background makes them, and their children, ignore ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
