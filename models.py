@@ -101,6 +101,7 @@ CHECKPOINT = dict(arch=str, scale=int, widths={str: int}, model={str: Tensor},
                   duals=[{str: Tensor}])
 DERIVED = ("attn_mask", "relative_position_index", "rpe_biases")   # released files hold these
 #                                                     buffers, which follow from the sizes
+SELECTED = CHECKPOINT | dict(kept={str: [int]})        # that of stage 4: {pair name: channels}
 
 
 def load_state(module: nn.Module, state: dict) -> dict | None:

@@ -25,7 +25,6 @@ from run import Bar, Run, WrongUsage, misfit, read_checkpoint
 from settings import Settings
 
 SEARCHED = dict(widths={str: int})       # see disk.misfit
-SELECTED = models.CHECKPOINT | dict(kept={str: [int]})
 
 
 # ---- weights from elsewhere ---------------------------------------------------------------------
@@ -110,14 +109,14 @@ def stages(settings: Settings) -> dict:
     checks = dict(train=lambda content: check_network(settings, content))
     if settings.prune or settings.budget:
         checks["search"] = lambda content: check_widths(settings, content)
-        checks["select"] = lambda content: check_network(settings, content, SELECTED)
+        checks["select"] = lambda content: check_selected(settings, content)
         checks["tune"] = checks["train"]
     return checks
 
 
-def check_network(settings: Settings, content: dict, form: dict = models.CHECKPOINT) -> None:
+def check_network(settings: Settings, content: dict) -> None:
     """ValueError: this is no checkpoint of the run's network and its duals."""
-    wrong = misfit(content, form, "it")
+    wrong = misfit(content, models.CHECKPOINT, "it")
     if wrong:
         raise ValueError(wrong)
     if (content["arch"], content["scale"]) != (settings.arch, settings.scale):
@@ -127,6 +126,12 @@ def check_network(settings: Settings, content: dict, form: dict = models.CHECKPO
         dual.restore_duals(model, content["duals"])
     except (RuntimeError, ValueError) as error:      # PyTorch's sentence has many lines
         raise ValueError("its duals do not fit") from error
+
+
+def check_selected(settings: Settings, content: dict) -> None:
+    """ValueError: this is no such checkpoint, or not with the channels of all its layers."""
+    report.check_orders(content)
+    check_network(settings, content)
 
 
 def check_widths(settings: Settings, content: dict) -> None:

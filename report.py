@@ -291,6 +291,19 @@ def tell(folder: Path, dense: dict) -> page.Story:
                       orders)
 
 
+def check_orders(selected: dict | None) -> None:
+    """ValueError: the content of select.pt does not say which channels each layer keeps, in the
+    order of selection. None: nothing was cut.
+    """
+    if selected is None:
+        return
+    wrong = misfit(selected, models.SELECTED, "it")
+    if wrong:
+        raise ValueError(wrong)
+    if selected["kept"].keys() != selected["widths"].keys() or not all(selected["kept"].values()):
+        raise ValueError("it lacks the channels of some layers")
+
+
 def networks_of(folder: Path) -> dict[str, dict]:
     """{"dense": checkpoint, ...} of a finished run; ValueError where it is none."""
     if not (folder / "config.json").exists():
@@ -303,7 +316,13 @@ def networks_of(folder: Path) -> dict[str, dict]:
         if not (folder / file).exists():
             raise ValueError(f"{folder} is not finished, it has no {file}: give its train.py "
                              f"command again")
-    return {name: network_of(folder / file) for name, file in stages.items()}
+    states = {name: network_of(folder / file) for name, file in stages.items()}
+    try:
+        check_orders(states.get("cut"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'select.pt'} is damaged ({error}): give the train.py command "
+                         f"again, it makes it anew") from error
+    return states
 
 
 def network_of(file: Path) -> dict:

@@ -126,7 +126,8 @@ def test_wrong_widths_and_duals_are_damage(whole, monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(report, "measure", lambda *a: None)
     monkeypatch.setattr(report, "print_table", lambda run: None)
     folder = shutil.copytree(whole / "run", tmp_path / "run")
-    for stage, change in (("search", dict(widths={"down0": 4})), ("tune", dict(duals=[]))):
+    for stage, change in (("search", dict(widths={"down0": 4})), ("select", dict(kept={})),
+                          ("tune", dict(duals=[]))):
         content = torch.load(folder / f"{stage}.pt", weights_only=True)
         torch.save(content | change, folder / f"{stage}.pt")
         code, said, errors = call(monkeypatch, capsys, *QUICK, "--run", folder, "--test",

@@ -229,6 +229,16 @@ def test_bad_input_is_one_sentence(whole, monkeypatch, capsys, arguments, code, 
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("kept", [None, {}, 5, {"down0": ["a"]}])
+def test_a_selection_that_is_damaged_is_one_sentence(kept, whole, monkeypatch, capsys):
+    content = report.read_checkpoint(whole / "select.pt")
+    torch.save(content | dict(kept=kept), whole / "select.pt")
+    code, _, errors = run_command(report, monkeypatch, capsys, whole)
+    assert code == 1
+    assert "select.pt is damaged (" in errors
+    assert "give the train.py command again" in errors
+
+
 def test_an_unfinished_run_has_no_report(whole, monkeypatch, capsys):
     (whole / "tune.pt").unlink()
     code, _, errors = run_command(report, monkeypatch, capsys, whole)
