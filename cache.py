@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import Load, Picture, ahead
-from run import progress
+from run import length, progress
 
 try:
     import fcntl
@@ -126,7 +126,7 @@ def first_line(scales: Sequence[int]) -> dict:
 
 def map_file(file: Path) -> np.ndarray:
     """The bytes of a file, uint8 (n,), read-only; the system reads them when they are looked at."""
-    if not file.exists() or not file.stat().st_size:
+    if not length(file):
         return np.empty(0, np.uint8)
     with open(file, "rb") as opened:
         return np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -189,7 +189,7 @@ def fill(place: Path, scales: Sequence[int], sources: list[Source], load: Load,
         missing = list(range(len(sources)))
         needed = total
         end = 0
-    check_room(place, needed, 0 if end else stored(place))
+    check_room(place, needed, 0 if end else length(place / PIXELS))
     print(f"cache     {needed / 2**30:.2f} GiB of decoded pictures go to {place}, once", flush=True)
     if not end:
         # unlinked and not cut off: another run may have it mapped
@@ -206,12 +206,6 @@ def fill(place: Path, scales: Sequence[int], sources: list[Source], load: Load,
         manifest.truncate(good)
         manifest.seek(good)
         append(pixels, manifest, sources, zip(missing, results), bar.update)
-
-
-def stored(place: Path) -> int:
-    """Bytes of the pixels that are there."""
-    file = place / PIXELS
-    return file.stat().st_size if file.exists() else 0
 
 
 def check_room(place: Path, needed: int, freed: int) -> None:

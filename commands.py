@@ -7,12 +7,14 @@ right becomes one sentence on stderr and an exit code, never a traceback; ctrl-C
 Everyone takes these names from run.py, which offers them again. Read run.py next.
 """
 import argparse
+import importlib
 import io
 import math
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
@@ -73,6 +75,15 @@ def explain(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}"
     known = isinstance(error, (WrongUsage, ValueError, OSError, FloatingPointError))
     return str(error) if known else None
+
+
+def need(package: str, purpose: str) -> ModuleType:
+    """A package that may be missing; ValueError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise ValueError(f"{purpose} needs {name}: pip install {name}") from None
 
 
 # ---- types of flags, for argparse ---------------------------------------------------------------

@@ -48,13 +48,12 @@ from degradation import (
     reduce_images,
 )
 from download import main
-from files import EXTENSIONS, Decoded, decode, list_pictures, size, write_image
+from files import check_folder, decode, list_pictures, size, some_pictures, write_image
 from run import Bar, command
 
-__all__ = ["EXTENSIONS", "KINDS", "Decoded", "Picture", "Pictures", "batches", "blind",
-           "blind_kernels", "blur_images", "corrected_kernel", "decode", "degrade", "generate",
-           "imresize", "open_folder", "photographs", "reduce", "reduce_images", "resize", "size",
-           "to_device", "write_image"]
+__all__ = ["KINDS", "Picture", "Pictures", "batches", "blind", "blind_kernels", "blur_images",
+           "corrected_kernel", "decode", "degrade", "generate", "imresize", "open_folder",
+           "photographs", "reduce", "reduce_images", "resize", "size", "to_device", "write_image"]
 
 CACHE = 4 << 30  # bytes of decoded pictures that a set keeps in memory
 AHEAD = 4  # batches that are prepared before they are asked for
@@ -252,10 +251,7 @@ def list_folder(path: str | os.PathLike, scales: Sequence[int],
     Raises ValueError for wrong scales, and a missing, empty or mixed folder.
     """
     scales = check_scales(scales)
-    root = Path(path)
-    if not root.is_dir():
-        what = "a file" if root.exists() else "missing"
-        raise ValueError(f"{path} is {what}: give a folder of pictures")
+    root = check_folder(path)
     high, low = find_layout(root, scales[-1])
     files = list_originals(root, high)
     found = {}  # {scale: {name of the original: file of its reduction}}
@@ -286,10 +282,7 @@ def find_layout(root: Path, scale: int) -> tuple[Path, Path | None]:
 
 def list_originals(root: Path, high: Path) -> list[Path]:
     """Returns the files of the originals. Raises ValueError for none, or reductions among them."""
-    files = list_pictures(high)
-    if not files:
-        extensions = " ".join(sorted(EXTENSIONS))
-        raise ValueError(f"{high} holds no picture ({extensions}): give a folder of pictures")
+    files = some_pictures(high)
     for file in files:
         if "LR_bicubic" in file.relative_to(high).as_posix():
             raise ValueError(f"{root} mixes originals and reductions ({file}): give the folder of "

@@ -56,6 +56,17 @@ def real(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
+def length(file: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return file.stat().st_size if file.exists() else 0
+
+
+def check_parent(path: str | os.PathLike) -> None:
+    """ValueError: the folder in which a file is to be written does not exist."""
+    if not real(path).parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist, create it first")
+
+
 def sync_folder(folder: Path) -> None:
     """Puts the names in a folder on the disk; not every system can, which is no error."""
     with suppress(OSError):

@@ -30,7 +30,7 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from run import Bar, write_file
+from run import Bar, length, read_json, write_file
 
 TRIES = 5                        # connections in a row that bring nothing new
 TIMEOUT = 30.0                   # seconds without an answer
@@ -69,11 +69,6 @@ def fetch(url: str, target: Path) -> Path:
     os.replace(part, target)
     part.with_name(part.name + ".version").unlink(missing_ok=True)
     return target
-
-
-def length(file: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    return file.stat().st_size if file.exists() else 0
 
 
 def receive(url: str, part: Path) -> None:
@@ -154,12 +149,9 @@ def read_notes(notes: Path) -> dict[str, str]:
     if not notes.exists():
         return {}
     try:
-        known = json.loads(notes.read_text())
-        if all(isinstance(value, str) for value in known.values()):
-            return known
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{notes} is damaged: delete it")
+        return read_json(notes, {str: str})
+    except ValueError as error:
+        raise ValueError(f"{notes} is damaged: delete it") from error
 
 
 # ---- archives -----------------------------------------------------------------------------------

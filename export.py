@@ -15,20 +15,18 @@ widths, so that `models.load` rebuilds the network. Neither file holds the duals
 Not here: int8 or float16 (which overflows in these networks). Read upscale.py next.
 """
 import argparse
-import importlib
 import json
 import logging
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 import models
 from backbones.base import SR, Backbone
-from run import WrongUsage, at_least, command, write_file
+from run import WrongUsage, at_least, check_parent, command, need, write_file
 
 SIZES = ((64, 64), (45, 76), (7, 9))         # height, width: whole windows, none, less than one
 CLOSE = 1e-4                                 # largest difference to PyTorch, for images in 0..1
@@ -119,15 +117,6 @@ def quiet():
     with warnings.catch_warnings(action="ignore"):
         yield
     logging.disable(logging.NOTSET)
-
-
-def need(package: str, purpose: str) -> ModuleType:
-    """A package that is not among the requirements; ValueError where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise ValueError(f"{purpose} needs {name}: pip install {name}") from None
 
 
 # ---- ONNX, run ----------------------------------------------------------------------------------
@@ -233,8 +222,7 @@ def main() -> None:
     target = Path(args.to)
     if target.exists() and not args.force:
         raise WrongUsage(f"{target} exists already: give another --to, or --force to overwrite it")
-    if not target.resolve().parent.is_dir():
-        raise ValueError(f"{target}: its folder does not exist, create it first")
+    check_parent(target)
     model = models.load(args.weights, args.arch, args.scale, args.channels)
     note = ""
     if target.suffix == ".safetensors":

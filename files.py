@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import png
-from run import WrongUsage, real, write_file
+from run import WrongUsage, check_parent, real, write_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 WHOLE_PIXELS = 1 << 28  # the largest picture written in a format that needs all of it at once
@@ -196,6 +196,24 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(file for file in files if not file.name.startswith("."))
 
 
+def check_folder(path: str | os.PathLike, what: str = "pictures") -> Path:
+    """The path of a folder. ValueError: there is none; what: the pictures that it should hold."""
+    folder = Path(path)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "missing"
+        raise ValueError(f"{path} is {found}: give a folder of {what}")
+    return folder
+
+
+def some_pictures(folder: Path, what: str = "pictures") -> list[Path]:
+    """`list_pictures`; ValueError where there is none."""
+    files = list_pictures(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no picture ({' '.join(sorted(EXTENSIONS))}): give a "
+                         f"folder of {what}")
+    return files
+
+
 def is_picture(file: Path) -> bool:
     """Whether it is a file, by its name of a picture."""
     return file.suffix.lower() in EXTENSIONS and file.is_file()
@@ -323,8 +341,7 @@ def make_folders(jobs: list[Job], output: str | None) -> None:
     for job in jobs:
         folder = job.target.parent
         if output and job.target == Path(output):
-            if not folder.is_dir():
-                raise ValueError(f"{job.target}: its folder does not exist, create it first")
+            check_parent(job.target)
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)

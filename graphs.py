@@ -11,12 +11,12 @@ recorded, because something in it waits for the GPU, it runs as usual, and one l
 
 Not here: training, which is bound by the GPU. Read upscale.py next.
 """
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from kernels import choice, switch
 
 MOST = 4                             # recordings kept, each with the memory of its results
 
@@ -65,8 +65,7 @@ class Recorder:
         except Exception as error:   # PyTorch, the driver and Triton each have their own
             self.off = True
             self.recordings.clear()
-            first = (str(error).strip().splitlines() or [""])[0]
-            tqdm.write(f"no CUDA graph: {type(error).__name__}: {first[:150]}", file=sys.stderr)
+            switch.say(f"no CUDA graph: {choice.reason(error)}")
         return not self.off
 
     def record(self, inputs: tuple) -> tuple:

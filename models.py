@@ -23,7 +23,7 @@ from backbones.dat import DAT
 from backbones.dcls import DCLS
 from backbones.drn import DRN
 from backbones.swinir import SwinIR
-from run import misfit, read_checkpoint, read_json, read_text
+from run import misfit, need, read_checkpoint, read_json, read_text
 
 SWINIR = dict(dim=180, depths=(6,) * 6, heads=6, direct=False)
 SWINIR_LIGHT = dict(dim=60, depths=(6,) * 4, heads=6, direct=True)
@@ -255,12 +255,9 @@ def read_safetensors(path: str | Path) -> dict:
     """A .safetensors file as `checkpoint` would be, without duals; where its metadata do not say
     what network it is, its state dict. ValueError: it is missing or damaged, or safetensors is.
     """
+    safetensors = need("safetensors", f"reading {path}")
     try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from None
-    try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
     except FileNotFoundError:

@@ -58,7 +58,8 @@ opened: dict[str, Opened] = {}       # by the name of the class; only `open_file
 def open_file(network: str) -> Opened:
     """Runs FILE.py of FILE.py:CLASS and takes CLASS (or a function that makes the network) from it.
 
-    The file may import its neighbours; names of this project go before theirs. WrongUsage: no such
+    The file may import its neighbours; names of this project go before theirs. It is run once,
+    unless it changes. WrongUsage: no such
     file or class. ValueError: the file itself fails; its traceback is shown.
     """
     path, _, name = network.rpartition(":")
@@ -67,6 +68,9 @@ def open_file(network: str) -> Opened:
     if not Path(path).is_file():
         raise WrongUsage(f"--network {network}: there is no file {path}")
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    known = opened.get(name)
+    if known and (known.network, known.sha256) == (network, sha256):
+        return known
     sys.path.append(str(Path(path).resolve().parent))
     module_name = f"own_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -76,11 +80,11 @@ def open_file(network: str) -> Opened:
         spec.loader.exec_module(module)
     make = getattr(module, name, None)
     if not callable(make):
-        known = [key for key, value in vars(module).items()
-                 if isinstance(value, type) and issubclass(value, nn.Module)
-                 and value.__module__ == module_name]
+        networks = [key for key, value in vars(module).items()
+                    if isinstance(value, type) and issubclass(value, nn.Module)
+                    and value.__module__ == module_name]
         raise WrongUsage(f"{path} has no class {name}; its networks are "
-                         f"{', '.join(known) or 'none'}")
+                         f"{', '.join(networks) or 'none'}")
     opened[name] = Opened(network, make, sha256)
     return opened[name]
 

@@ -25,6 +25,7 @@ from run import Bar, Run, WrongUsage, misfit, read_checkpoint
 from settings import Settings
 
 SEARCHED = dict(widths={str: int})       # see disk.misfit
+counted = {}                             # what `costs` returned: the search asks again
 
 
 # ---- weights from elsewhere ---------------------------------------------------------------------
@@ -83,24 +84,37 @@ def cost_limit(run: Run, settings: Settings, device, model,
             lambda: latency.measure_pairs(model, sizes, device, run.folder / "latency.json"))
         return latency.budget(table, part, sizes)
 
-    def count(widths):
-        with torch.device("meta"):
-            smaller = model.with_widths(widths)
-            return getattr(evaluate.count(smaller, 96, 96), kind)
-
-    # parameters and MAdds are linear in every width: one network more for each pair is enough
-    dense = count(model.widths)
-    of_channel = {}
-    for pair in Bar(model.pairs(), "budget", leave=False, delay=2):
-        whole = model.widths[pair.name]
-        smallest = count({**model.widths, pair.name: pair.heads})
-        of_channel[pair.name] = (dense - smallest) / max(1, whole - pair.heads)
+    dense, of_channel = costs(model, kind)
 
     def cost(widths):
         saved = sum(of_channel[name] * (model.widths[name] - n) for name, n in widths.items())
         return dense - saved
 
     return prune.Budget(cost, int(part * dense))
+
+
+def costs(model, kind: str) -> tuple[int, dict[str, float]]:
+    """(the cost of the network as it is, {pair name: that of a channel}); kind: params or madds.
+
+    Both are linear in every width: one network more for each pair is enough.
+    """
+    key = (kind, model.arch, model.scale, str(model.source), str(model.widths))
+    if key in counted:
+        return counted[key]
+
+    def count(widths):
+        with torch.device("meta"):
+            smaller = model.with_widths(widths)
+            return getattr(evaluate.count(smaller, 96, 96), kind)
+
+    dense = count(model.widths)
+    of_channel = {}
+    for pair in Bar(model.pairs(), "budget", leave=False, delay=2):
+        whole = model.widths[pair.name]
+        smallest = count({**model.widths, pair.name: pair.heads})
+        of_channel[pair.name] = (dense - smallest) / max(1, whole - pair.heads)
+    counted[key] = dense, of_channel
+    return dense, of_channel
 
 
 # ---- before anything is done --------------------------------------------------------------------

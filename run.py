@@ -30,12 +30,15 @@ from commands import (
     command,
     explain,
     filled,
+    need,
     number,
     positive,
     progress,
     usable_device,
 )
 from disk import (
+    check_parent,
+    length,
     misfit,
     read_checkpoint,
     read_json,
@@ -56,9 +59,9 @@ from owner import (
     refuse_strangers,
 )
 
-__all__ = ["Bar", "Run", "WrongUsage", "at_least", "command", "explain", "filled", "misfit",
-           "number", "positive", "progress", "read_checkpoint", "read_json", "read_text", "real",
-           "usable_device", "write_file"]
+__all__ = ["Bar", "Run", "WrongUsage", "at_least", "check_parent", "command", "explain", "filled",
+           "length", "misfit", "need", "number", "positive", "progress", "read_checkpoint",
+           "read_json", "read_text", "real", "usable_device", "write_file"]
 
 SAVE_SECONDS = 20                    # at most this much work is lost to kill -9
 MADE = dict(made=dict(config=str, before=(str, None)))       # what every stage file says of itself
@@ -80,7 +83,8 @@ class Run:
         self.folder = folder
         self.saved = time.monotonic()             # when progress.pt was last written
         self.before = None                        # digest of the latest stage that is done
-        self.found = {}                           # finished stages that `look` found
+        self.found = {}                           # finished stages that `look` found,
+        self.digests = {}                         # and the digests of their contents
         refuse_strangers(folder)
         known = known_config(folder)
         if known is not None:
@@ -188,7 +192,7 @@ class Run:
                     self.drop(f"{stage}.pt", f"is damaged ({error})")
                     content = None
             self.found[stage] = content
-            before = content and digest(content)
+            before = self.digests[stage] = content and digest(content)
         return None not in self.found.values()
 
     def refuse_other(self, stage: str, content: dict, before: str | None) -> None:
@@ -219,7 +223,7 @@ class Run:
         if content["made"]["before"] != self.before:
             self.drop(f"{stage}.pt", "was made from what is gone")
             return None
-        self.before = digest(content)
+        self.before = self.digests[stage]
         return content
 
     def made(self) -> dict:

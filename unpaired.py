@@ -10,13 +10,12 @@ Not here: what such a loss can do and what it cannot (dual.py), pictures and pai
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import torch
 
 import data
 from backbones.base import SR
-from files import EXTENSIONS, list_pictures
+from files import check_folder, some_pictures
 
 OTHER = 1 << 40                      # what the photographs' seed lies above that of the pairs
 
@@ -26,14 +25,8 @@ def open_photographs(path: str | os.PathLike, limit: int = data.CACHE) -> data.P
 
     ValueError: a missing or empty folder, and on access a file that is damaged.
     """
-    root = Path(path)
-    if not root.is_dir():
-        what = "a file" if root.exists() else "missing"
-        raise ValueError(f"{path} is {what}: give a folder of photographs")
-    files = list_pictures(root)
-    if not files:
-        raise ValueError(f"{path} holds no picture ({' '.join(sorted(EXTENSIONS))}): give a folder "
-                         f"of photographs")
+    root = check_folder(path, "photographs")
+    files = some_pictures(root, "photographs")
 
     def load(i: int) -> data.Picture:
         return data.Picture({1: data.decode(files[i]).rgb})

@@ -41,6 +41,7 @@ from files import FORMATS, Header, Job, check_size, look, make_folders, plan, wr
 from run import (
     WrongUsage,
     at_least,
+    check_parent,
     command,
     explain,
     filled,
@@ -368,8 +369,7 @@ def check_kernel_target(args: argparse.Namespace, jobs: list[Job]) -> None:
     if path.exists() and not args.force:
         raise WrongUsage(f"{path} exists already: give another --blur-kernel, or --force to "
                          f"overwrite it")
-    if not real(path).parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist, create it first")
+    check_parent(path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import evaluate
 import flags
 import kernels
 import models
+import preflight
 import train
 from fitting import allow_tf32
 from run import Run, command
@@ -39,12 +40,12 @@ class Watched(Run):
         def and_look(k, batch):
             loss = one_step(k, batch)
             if stage == "tune" and is_mark(k + 1) and k + 1 < steps:
-                self.look(k + 1, parts["ema"].module if "ema" in parts else parts["model"])
+                self.watch(k + 1, parts["ema"].module if "ema" in parts else parts["model"])
             return loss
 
         super().repeat(stage, steps, and_look, batches, parts, facts)
 
-    def look(self, step: int, network) -> None:
+    def watch(self, step: int, network) -> None:
         """Adds {test set: mean PSNR-Y in dB} of the network after this many steps."""
         fast = models.inference(network)
         found = {}
@@ -104,6 +105,7 @@ def main() -> None:
     kernels.choose(args.kernels)
     allow_tf32(settings.tf32)
     run = Watched(args.run, asdict(settings) | dict(uncut=own.uncut, halved=own.halved))
+    run.look(preflight.stages(settings))
     tests = {}
     for folder in own.on:
         tests[Path(folder).name] = data.open_folder(folder, (1, settings.scale))
@@ -123,18 +125,18 @@ def main() -> None:
         cut = step("select", train.select_and_cut, dense, found["widths"])
     model = models.from_checkpoint(cut)
     if not run.curve:
-        run.look(0, model)
+        run.watch(0, model)
     tuned = models.from_checkpoint(step("tune", train.tune, cut, dense))
     run.tests = tests
     if "photographs" not in run.curve.get(str(settings.tune_steps), {}):
-        run.look(settings.tune_steps, tuned)
+        run.watch(settings.tune_steps, tuned)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print_curve(run.curve)
 
 
 def train_stage(run: Run, settings: Settings, device, pictures, name: str, stage, *given) -> dict:
     """The checkpoint of a stage of train.py, from the run folder or made now."""
-    return run.read(f"{name}.pt") or stage(run, settings, device, pictures, *given)
+    return run.done(name) or stage(run, settings, device, pictures, *given)
 
 
 if __name__ == "__main__":

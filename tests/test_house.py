@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "gather": {"cache", "data", "files", "parallel"},
     "unpaired": PICTURES | {"backbones"},
     # the commands
-    "graphs": set(),
+    "graphs": {"kernels"},
     "consistency": PICTURES | {"dual"},
     "export": NETWORKS,
     "tiles": set(),
