@@ -64,7 +64,7 @@ def load_teacher(settings: Settings) -> nn.Module:
 def new_duals(settings: Settings, model) -> nn.ModuleList:
     """Duals with random weights; for photographs without originals, such as work at once."""
     duals = dual.make_duals(model)
-    if settings.unpaired:
+    if settings.unpaired or settings.dual_start == "averages":
         dual.start_from_averages(duals)
     return duals
 

@@ -66,6 +66,8 @@ class Settings:
     steps: int = 1_000_000            # Section 5.1; SwinIR, DAT, DCLS: 500,000
     dual_steps: int = 100_000         # for the duals of pretrained weights without duals (ours)
     dual_weight: float = 0.1          # λ of L_DR (DRN, arXiv 2003.07018, Section 3.1); 0: no dual
+    dual_start: str = "random"        # weights of new duals (release), or "averages" (ours; with
+    #                                   `unpaired` always), see dual.start_from_averages
     rate: float = 1e-4                # Section 5.1; SwinIR, DAT: 2e-4, DCLS: 4e-4
     floor: float = 1e-7               # where the cosine decay of the rate ends (Section 5.1)
     milestones: tuple[float, ...] = ()  # parts of the steps where the rate is halved; (): cosine;

@@ -6,7 +6,7 @@
 
 A small DRN and a small SwinIR are trained and compressed in many ways, from several seeds:
 
-    a   dense training with several weights of the dual term
+    a   dense training with several weights of the dual term, and duals that begin in two ways
     b   which channels, at the same widths: the selection of DRC, parts of it, and other rules
     c   how many channels, at an equal number of parameters: searched, uniform, random, by L1 norms
     d   fine-tuning with and without distillation and the dual term
@@ -91,7 +91,7 @@ MADDS = ("budget", ("madds", 0.6))
 
 
 def equal_madds() -> dict[str, Recipe]:
-    """The rows of f: as c, but the budget is of multiply-adds; and the search in three ways."""
+    """The rows of f: as c, but the budget is of multiply-adds; and the search in several ways."""
     def searched(*more) -> Recipe:
         return Recipe("searched", search=(MADDS, *more))
 
@@ -101,6 +101,8 @@ def equal_madds() -> dict[str, Recipe]:
         "searched, first order": searched(("first_order", True)),
         "searched, rate of α 0.03": searched(("alpha_rate", 0.03)),
         "searched, twice the batch": searched(("search_batch", 4)),
+        "searched, α does not decay": searched(("alpha_decay", 0.0)),
+        "searched, no decay, rate 0.03": searched(("alpha_decay", 0.0), ("alpha_rate", 0.03)),
         "random": Recipe("random", search=(MADDS,)),
         "equal L1 mass": Recipe("L1 norm", search=(MADDS,)),
     }
@@ -118,9 +120,16 @@ def rounds_and_reuse() -> dict[str, Recipe]:
     return rows
 
 
-# {question: (title, {row: recipe})}; in a, numbers: the weight of the dual term
+# {question: (title, {row: recipe})}; in a, settings of the training: (name, value) pairs
+AVERAGES = ("dual_start", "averages")
 QUESTIONS = {
-    "a": ("dense, weight λ of the dual term", {"λ = 0": 0, "0.01": 0.01, "0.1": 0.1, "1": 1}),
+    "a": ("dense, weight λ of the dual term", {
+        "λ = 0": (("dual_weight", 0.0),),
+        "0.01": (("dual_weight", 0.01),),
+        "0.1": (),
+        "1": (("dual_weight", 1.0),),
+        "0.1, D begins as averages": (AVERAGES,),
+        "1, D begins as averages": (("dual_weight", 1.0), AVERAGES)}),
     "b": ("which channels, uniform widths", {
         "features + L_DR (DRC)": Recipe(),
         "features + L_DR at λ = 0": Recipe(select=(("dual_weight", 0),)),
@@ -157,10 +166,11 @@ class Lab(NamedTuple):
     device: torch.device
 
 
-def dense(lab: Lab, weight: float) -> tuple[Run, dict]:
-    """(its run folder, the checkpoint) of the network trained with this weight of the dual."""
-    settings = replace(lab.settings, dual_weight=weight)
-    run = Run(lab.folder / f"dense {weight:g}", asdict(settings))
+def dense(lab: Lab, changes: tuple = ()) -> tuple[Run, dict]:
+    """(its run folder, the checkpoint) of the uncut network; changes: (setting, value) pairs."""
+    settings = replace(lab.settings, **dict(changes))
+    name = ", ".join(["dense", *(f"{name} {value}" for name, value in changes)])
+    run = Run(lab.folder / name, asdict(settings))
     return run, run.read("train.pt") or train.train(run, settings, lab.device, lab.pictures)
 
 
@@ -250,7 +260,7 @@ def selection_loss(channels: str, loss_fn: Callable, rate: float) -> tuple[Calla
 
 
 # ---- a cell: one row of one table for one seed --------------------------------------------------
-def cell(lab: Lab, recipe: Recipe | float) -> dict:
+def cell(lab: Lab, recipe: Recipe | tuple) -> dict:
     """{"psnr": {test set: dB}}, for a recipe also "cut" in dB, "seconds", "params" and "madds".
 
     Everything that is finished is read from the cell's folder.
@@ -260,7 +270,7 @@ def cell(lab: Lab, recipe: Recipe | float) -> dict:
         return measured(run, lab, dict(psnr={}), network)
     settings = replace(lab.settings, **dict(recipe.tune))
     run = Run(lab.folder / recipe.folder(), asdict(settings))
-    _, original = dense(lab, lab.settings.dual_weight)
+    _, original = dense(lab)
     cut = run.read("select.pt")
     if cut is None:
         started = time.monotonic()
@@ -347,20 +357,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; a wrong one ends with a sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--quick", action="store_true", help="networks that are hardly trained: minutes")
     add("--only", type=some_of(QUESTIONS, "question"), default=list(QUESTIONS), metavar="a,b",
         help="these questions (default: all)")
     add("--networks", type=some_of(NETWORKS, "network"), default=list(NETWORKS), metavar="NAME",
         help=f"these networks (default: {','.join(NETWORKS)})")
+    return parse_shared(parser, argv, "claims")
+
+
+def parse_shared(parser: argparse.ArgumentParser, argv: list[str] | None,
+                 name: str) -> argparse.Namespace:
+    """Adds the flags that bench.unpaired has, too, and parses; name: that of the folder --run."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="networks that are hardly trained: minutes")
     add("--seeds", type=number(int, 1), default=3, metavar="N", help="how many (default 3)")
     add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
     add("--test", metavar="DIR", action="append", default=[],
         help="measure on these pictures, too, besides the photographs of scikit-image; repeatable")
-    add("--run", metavar="DIR", help="folder of what is finished (default runs/claims)")
+    add("--run", metavar="DIR", help=f"folder of what is finished (default runs/{name})")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    args.run = Path(args.run or ("runs/claims_quick" if args.quick else "runs/claims"))
+    args.run = Path(args.run or (f"runs/{name}_quick" if args.quick else f"runs/{name}"))
     return args
+
+
+def open_tests(args: argparse.Namespace) -> dict[str, data.Pictures]:
+    """{name: pictures at scales 1 and 4}: the built-in photographs and the folders of --test."""
+    photographs = data.photographs((1, 4))
+    tests = {PHOTOGRAPHS: photographs[:2] if args.quick else photographs}
+    for folder in args.test:
+        tests[Path(folder).name] = data.open_folder(folder, (1, 4))
+    return tests
 
 
 def labs(args: argparse.Namespace, name: str, tests: dict) -> list[Lab]:
@@ -378,10 +404,7 @@ def labs(args: argparse.Namespace, name: str, tests: dict) -> list[Lab]:
 def main() -> None:
     args = parse_args()
     models.PRESETS.update(SIZES)
-    photographs = data.photographs((1, 4))
-    tests = {PHOTOGRAPHS: photographs[:2] if args.quick else photographs}
-    for folder in args.test:
-        tests[Path(folder).name] = data.open_folder(folder, (1, 4))
+    tests = open_tests(args)
     cells = args.seeds * sum(len(QUESTIONS[q][1]) for q in args.only)
     for name in args.networks:
         results = {q: {row: [] for row in QUESTIONS[q][1]} for q in args.only}

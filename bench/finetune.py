@@ -76,9 +76,14 @@ def halved(pictures: data.Pictures) -> data.Pictures:
 def setting(text: str) -> tuple[str, float]:
     """The type of --set NAME=VALUE: a number of settings.Settings."""
     name, _, value = text.partition("=")
-    if name not in {field.name for field in fields(Settings)}:
+    numbers = {field.name for field in fields(Settings) if type(field.default) in (int, float)}
+    if name not in numbers:
         raise argparse.ArgumentTypeError(f"{text!r}: settings.py has no number {name!r}")
-    return name, type(getattr(Settings, name))(float(value))
+    try:
+        return name, type(getattr(Settings, name))(float(value))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, as in "
+                                         f"tune_rate=1e-4") from None
 
 
 def print_curve(curve: dict[str, dict[str, float]]) -> None:

@@ -44,7 +44,7 @@ import models
 import train
 from bench import claims
 from fitting import fit
-from run import Run, command, number, positive, usable_device
+from run import Run, command, number, positive
 from settings import Settings
 
 NETWORK = "drn_small"                # that of bench.claims
@@ -198,25 +198,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; a wrong one ends with a sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--quick", action="store_true", help="networks that are hardly trained: a minute")
-    add("--seeds", type=number(int, 1), default=3, metavar="N", help="how many (default 3)")
     add("--ways", type=claims.some_of(WAYS, "way"), default=list(WAYS), metavar="a,b",
         help=f"these rows after the first (default: all of {', '.join(WAYS[1:])})")
     add("--share", type=flags.share, default=0.3, metavar="F",
         help="the part of a batch that is unpaired (default 0.3)")
     add("--dual-weight", type=positive, default=0.1, metavar="F",
         help="λ of the adaptation (default 0.1)")
-    add("--tune-steps", type=number(int, 1), metavar="N", help="further steps (default 300)")
-    add("--data", metavar="DIR", help="train on these pictures (default: generated ones)")
+    add("--tune-steps", type=number(int, 1), metavar="N", help="further steps (default 200)")
     add("--unpaired", metavar="DIR",
         help="reduce these originals for the unpaired pictures (default: generated ones)")
-    add("--test", metavar="DIR", action="append", default=[],
-        help="measure on these pictures, too, besides the photographs of scikit-image; repeatable")
-    add("--run", metavar="DIR", help="folder of what is finished (default runs/unpaired)")
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    args.run = Path(args.run or ("runs/unpaired_quick" if args.quick else "runs/unpaired"))
-    return args
+    return claims.parse_shared(parser, argv, "unpaired")
 
 
 def labs(args: argparse.Namespace) -> list[Lab]:
@@ -229,11 +220,7 @@ def labs(args: argparse.Namespace) -> list[Lab]:
     scale = settings.scale
     pairs = originals(args.data, settings, SCALES, 0)
     others = originals(args.unpaired, settings, (1, scale), OTHER_SCENES)
-    tests = {claims.PHOTOGRAPHS: data.photographs((1, scale))}
-    if args.quick:
-        tests[claims.PHOTOGRAPHS] = tests[claims.PHOTOGRAPHS][:2]
-    for folder in args.test:
-        tests[Path(folder).name] = data.open_folder(folder, (1, scale))
+    tests = claims.open_tests(args)
     return [Lab(args.run / f"seed {seed}", replace(settings, seed=seed), further, adapting,
                 dict(bicubic=pairs) | {kind: again(pairs, kind) for kind in KINDS},
                 {kind: without_originals(again(others, kind)) for kind in KINDS},
