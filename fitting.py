@@ -94,12 +94,7 @@ def divided(batch, parts: int) -> list:
         return [batch]
     count = len(batch.images[1])
     size = math.ceil(count / parts)
-    result = []
-    for i in range(0, count, size):      # where only the first inputs have originals, so here
-        own = slice(i, i + size)
-        kernel = None if batch.kernel is None else batch.kernel[own]
-        result.append(type(batch)({s: x[own] for s, x in batch.images.items()}, kernel))
-    return result
+    return [parallel.patches(batch, slice(i, i + size)) for i in range(0, count, size)]
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -163,7 +163,7 @@ def from_checkpoint(state: dict) -> Backbone:
     """
     wrong = misfit(state, CHECKPOINT, "it")
     if wrong:
-        raise ValueError(f"{wrong}: it is damaged, copy or download it again")
+        raise ValueError(f"it is damaged ({wrong}), copy or download it again")
     if "network" in state:
         model = own.build(state["network"], state["widths"])
     else:
@@ -191,7 +191,7 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
     ValueError: a file that is missing, damaged, or of another arch or scale than given; see also
     load_state and read_channels.
     """
-    duals = widths = None
+    widths = None
     name = path
     if zoo.is_name(name):
         path, released = zoo.find(name)
@@ -203,16 +203,14 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         if not is_checkpoint(state):
             arch, found, _ = add_own(given, path)
             scale = scale or found
-    ours = is_checkpoint(state)
-    source = state.get("network") if ours else None
-    if ours:
-        wrong = misfit(state, CHECKPOINT, "it")
-        if wrong:
-            raise ValueError(f"{path} is damaged ({wrong}): copy or download it again")
-        check_given(name, state["arch"], state["scale"], arch, scale, channels)
-        duals = state["duals"] or None
-        arch, scale, widths, state = (state[k] for k in ("arch", "scale", "widths", "model"))
-    elif arch is None:
+    if is_checkpoint(state):
+        try:
+            model = from_checkpoint(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        check_given(name, model.arch, model.scale, arch, scale, channels)
+        return model, state["duals"] or None
+    if arch is None:
         raise ValueError(f"{path} does not say what network it is: give --arch "
                          f"({', '.join(PRESETS)}) and --scale")
     scale = scale or 4
@@ -220,15 +218,13 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
         with torch.device("meta"):
             widths = read_channels(channels, len(build(arch, scale).widths))
     try:
-        model = own.build(source, widths) if source else build(arch, scale, widths)
+        model = build(arch, scale, widths)
         # a file of the user's own network knows no wrapper
-        official = load_state(model.net if model.source and not ours else model, state)
+        official = load_state(model.net if model.source else model, state)
     except ValueError as error:
         source = f"{path} with {channels}" if channels else path
         raise ValueError(f"{source}: {error}") from error
-    if not duals and official:
-        duals = [official]
-    return model, duals
+    return model, [official] if official else None
 
 
 def check_given(name: str | Path, its_arch: str, its_scale: int, arch: str | None,

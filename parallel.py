@@ -209,9 +209,13 @@ def own(batch):
     if world() == 1:
         return batch
     count = len(batch.images[1])
-    at = part(count) if share(count) else slice(0, 1)
+    return patches(batch, part(count) if share(count) else slice(0, 1))
+
+
+def patches(batch, at: slice):
+    """Some patches of a batch (SR). If only its first inputs have originals, so it is here."""
     images = {s: x[at] for s, x in batch.images.items()}
-    return type(batch)(images, batch.kernel if batch.kernel is None else batch.kernel[at])
+    return type(batch)(images, None if batch.kernel is None else batch.kernel[at])
 
 
 def seed(*numbers: int) -> None:
