@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import data
 import kernels
 import models
+import own
 from run import Bar, WrongUsage, command, filled, real
 from tiles import check_image, estimate_kernel, upscale
 from upscale import (
@@ -38,7 +39,6 @@ from upscale import (
     add_network,
     check_network,
     kernel_picture,
-    own_network,
     place,
 )
 
@@ -339,7 +339,7 @@ def main() -> None:
     if args.bicubic:
         measure(args, None, args.scale, using)
         return
-    model = models.load(args.weights, args.arch, args.scale, args.channels, own_network(args))
+    model = models.load(args.weights, args.arch, args.scale, args.channels, own.given(args))
     measure(args, model, model.scale, using)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import own
 from backbones.base import SR, Backbone
 from run import WrongUsage, at_least, check_parent, command, need, write_file
 
@@ -95,7 +96,8 @@ def finish(program: "torch.onnx.ONNXProgram", network: Backbone) -> bytes:
 
 def facts(model: Backbone) -> dict[str, str]:
     """What an exported file says about its network."""
-    return dict(arch=model.arch, scale=str(model.scale), widths=json.dumps(model.widths))
+    about = dict(arch=model.arch, scale=str(model.scale), widths=json.dumps(model.widths))
+    return about | dict(network=own.as_json(model.source)) if model.source else about
 
 
 @torch.inference_mode()
@@ -210,6 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scale", type=at_least(2), help="scale of an official file (default 4)")
     add("--channels", metavar="FILE",
         help="channel numbers of an official pruned file, one integer per line")
+    own.add_flags(add)
     add("--force", action="store_true", help="overwrite a file that exists")
     args = parser.parse_args(argv)
     if Path(args.to).suffix not in (".onnx", ".safetensors"):
@@ -223,7 +226,7 @@ def main() -> None:
     if target.exists() and not args.force:
         raise WrongUsage(f"{target} exists already: give another --to, or --force to overwrite it")
     check_parent(target)
-    model = models.load(args.weights, args.arch, args.scale, args.channels)
+    model = models.load(args.weights, args.arch, args.scale, args.channels, own.given(args))
     note = ""
     if target.suffix == ".safetensors":
         content = to_safetensors(model)

@@ -20,7 +20,6 @@ import parallel
 import prune
 from run import WrongUsage, filled, number, positive, usable_device
 from settings import PRESETS, Settings
-from upscale import add_own, own_network
 
 
 def target(text: str) -> tuple[str, float]:
@@ -64,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_what(add: Callable) -> None:
     """Which network, how far it is compressed."""
     add("--arch", choices=tuple(models.PRESETS), help="the network")
-    add_own(add)
+    own.add_flags(add)
     add("--scale", type=number(int, 1, 100), help="upscaling factor (default 4)")
     add("--prune", type=number(float, 0, 1), metavar="R",
         help="compress: a layer keeps about 1 - R of its hidden channels or less, down to half of "
@@ -214,7 +213,7 @@ def open_own(args: argparse.Namespace) -> None:
     if args.channels:
         raise WrongUsage("--channels is for official files: a pruned network of your own is a "
                          "checkpoint, which knows its widths")
-    arch, scale, table = models.add_own(own_network(args), args.pretrained)
+    arch, scale, table = models.add_own(own.given(args), args.pretrained)
     if args.scale not in (None, scale):
         raise WrongUsage(f"--scale {args.scale}: {args.network} enlarges {scale} times")
     source = models.PRESETS[arch][1][scale]["source"]

@@ -266,9 +266,10 @@ def read_safetensors(path: str | Path) -> dict:
     try:
         scale, widths = int(about["scale"]), json.loads(about["widths"])
         widths = {name: int(n) for name, n in widths.items()}
+        more = dict(network=json.loads(about["network"])) if "network" in about else {}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has damaged metadata (scale, widths): export it again") from error
-    return dict(arch=about["arch"], scale=scale, widths=widths, model=state, duals=[])
+    return dict(arch=about["arch"], scale=scale, widths=widths, model=state, duals=[], **more)
 
 
 def read_channels(path: str | Path, count: int) -> list[int]:

@@ -10,11 +10,13 @@ A checkpoint holds weights and names the file, and never runs it: the file is ru
 names it, and must be the same to the last byte (SHA-256). What it imports is not checked. Read
 models.py next.
 """
+import argparse
 import ast
 import copy
 import hashlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -30,7 +32,7 @@ import pairs
 from backbones.base import SR, Backbone, Pair, named_widths
 from narrow import narrow
 from replay import can_replay
-from run import WrongUsage
+from run import WrongUsage, filled, misfit, positive
 
 LOW = (16, 32)               # the input of trial passes: a multiple of every usual window
 SCALES = (2, 3, 4, 8)        # those that duals can undo
@@ -52,7 +54,24 @@ class Opened(NamedTuple):
     sha256: str
 
 
+SOURCE = dict(arch=str, network=str, sha256=str, scale=int, arguments=dict, range=float,  # of `Own`
+              replays=bool, pairs=[dict(name=str, block=str, width=int, producers=(tuple, [list]),
+                                        consumers=(tuple, [list]), heads=int, norm=str)])
 opened: dict[str, Opened] = {}       # by the name of the class; only `open_file` adds to it
+
+
+def add_flags(add: Callable) -> None:
+    """The flags of a network of the user's own, for argparse."""
+    add("--network", type=filled, metavar="FILE.py:CLASS",
+        help="a network of your own; the file is run")
+    add("--network-args", metavar="NAME=VALUE,...", help="what its constructor takes")
+    add("--range", type=positive, metavar="F",
+        help="largest value of its images (default: 1 or 255, whichever suits its weights)")
+
+
+def given(args: argparse.Namespace) -> Given | None:
+    """What --network and its companions say; None without it."""
+    return Given(args.network, args.network_args, args.range) if args.network else None
 
 
 def open_file(network: str) -> Opened:
@@ -227,7 +246,7 @@ def describe(given: Given, load: Callable[[nn.Module], None] | None = None) -> t
     source = dict(arch=f"own_{name}", network=given.network, sha256=file.sha256, scale=scale,
                   arguments=arguments, range=rgb_range, replays=True,
                   pairs=[prefixed(pair)._asdict() for pair in found.pairs])
-    model = Own(net, source, [Pair(**pair) for pair in source["pairs"]])
+    model = Own(net, source, stored_pairs(source))
     blocks = [pair.block for pair in model.pairs()]
     source["replays"] = can_replay(model, blocks, SR({1: low}))
     return source, pairs.table(found)
@@ -247,10 +266,28 @@ def prefixed(pair: Pair) -> Pair:
                          consumers=inside(pair.consumers))
 
 
+def stored_pairs(source: dict) -> list[Pair]:
+    """The pairs that a `source` holds as dicts; its tables are tensors, or lists in a JSON."""
+    def tables(layers):
+        return tuple((layer, torch.as_tensor(table, device="cpu")) for layer, table in layers)
+
+    pairs = [Pair(*(pair[name] for name in Pair._fields)) for pair in source["pairs"]]
+    return [pair._replace(producers=tables(pair.producers), consumers=tables(pair.consumers))
+            for pair in pairs]
+
+
+def as_json(source: dict) -> str:
+    """A `source` as a text, for files that hold nothing else."""
+    return json.dumps(source, default=Tensor.tolist)
+
+
 def build(source: dict, widths=None, **_) -> Own:
     """The network of a `source` with random weights. ValueError: its file was not opened, since no
-    flag names it, or it is another one now.
+    flag names it, or it is another one now; or the source is damaged.
     """
+    wrong = misfit(source, SOURCE, "its network")
+    if wrong:
+        raise ValueError(f"it is damaged ({wrong}), copy or download it again")
     network = source["network"]
     name = network.rpartition(":")[2]
     if name not in opened:
@@ -262,7 +299,7 @@ def build(source: dict, widths=None, **_) -> Own:
                          f"now (SHA-256 {source['sha256'][:12]}, now {file.sha256[:12]}): give the "
                          f"file as it was then")
     net = construct(file, source["arguments"])
-    model = Own(net, source, [Pair(**pair) for pair in source["pairs"]])
+    model = Own(net, source, stored_pairs(source))
     return model if widths is None else model.with_widths(widths)
 
 

@@ -45,7 +45,6 @@ from run import (
     command,
     explain,
     filled,
-    positive,
     real,
     usable_device,
 )
@@ -169,22 +168,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=at_least(2), help="scale of an official file (default 4) or of --bicubic")
     add("--channels", type=filled, metavar="FILE",
         help="channel numbers of an official pruned file, one integer per line")
-    add_own(add)
+    own.add_flags(add)
     add("--bicubic", action="store_true", help="no network: MATLAB's bicubic alone")
-
-
-def add_own(add: Callable) -> None:
-    """The flags of a network of the user's own, shared with train.py."""
-    add("--network", type=filled, metavar="FILE.py:CLASS",
-        help="a network of your own; the file is run")
-    add("--network-args", metavar="NAME=VALUE,...", help="what its constructor takes")
-    add("--range", type=positive, metavar="F",
-        help="largest value of its images (default: 1 or 255, whichever suits its weights)")
-
-
-def own_network(args: argparse.Namespace) -> own.Given | None:
-    """What --network and its companions say; None without it."""
-    return own.Given(args.network, args.network_args, args.range) if args.network else None
 
 
 def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
@@ -276,7 +261,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module | None, nn.ModuleList | No
         duals = consistency.load_duals(args.weights, model, None) if args.consistency else None
         return model, duals, f"{model.device}, float32, onnxruntime"
     model, states = models.load_networks(args.weights, args.arch, args.scale, args.channels,
-                                         own_network(args))
+                                         own.given(args))
     duals = None
     if args.consistency:
         duals = consistency.load_duals(args.weights, model, states).to(args.device)

@@ -57,10 +57,10 @@ MAY_IMPORT = {
     # the commands
     "graphs": {"kernels"},
     "consistency": PICTURES | {"dual"},
-    "export": NETWORKS,
+    "export": NETWORKS | {"own"},
     "tiles": set(),
     "upscale": NETWORKS | PICTURES | {"consistency", "export", "graphs", "own", "tiles"},
-    "evaluate": NETWORKS | PICTURES | {"tiles", "upscale"},
+    "evaluate": NETWORKS | PICTURES | {"own", "tiles", "upscale"},
     "crops": PICTURES | {"upscale"},
     "charts": set(),
     "page": PICTURES | {"crops", "charts"},
@@ -75,8 +75,8 @@ MAY_IMPORT = {
                                     "unpaired"},
 }
 FREE = {"tour", "bench", "tests"}        # they may import everything, and nothing imports them
-READ_FLAGS = {"commands", "download", "export", "upscale", "evaluate", "report", "flags", "train",
-              "bench", "kernels"}
+READ_FLAGS = {"commands", "download", "export", "own", "upscale", "evaluate", "report", "flags",
+              "train", "bench", "kernels"}
 COMMANDS = {"data", "export", "upscale", "evaluate", "report", "train", "tour", "bench", "kernels"}
 OTHERS = {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
           "pyproject.toml", ".ci", ".gitignore", "assets", "tests"}

@@ -138,6 +138,57 @@ def test_faster_selection_keeps_the_right_number_and_cuts_exactly(settings):
     assert torch.allclose(cut(x).images[4], model(x).images[4], atol=1e-6)
 
 
+@pytest.mark.parametrize("tiny, name", [(tiny_drn, "up0.rcab0"), (tiny_swinir, "group0.block0.mlp"),
+                                        (tiny_dcls, "estimator.latent")])
+def test_the_stable_rate_is_within_the_curvature(tiny, name):
+    """The largest eigenvalue of the features' Hessian lies below 1 / rate, the trace above it."""
+    model, _ = tiny()
+    model.eval().requires_grad_(False)
+    [pair] = [pair for pair in model.pairs() if pair.name == name]
+    batch = blind_batch(0) if model.kernel_size else pooled_batch(0, 2, 8)
+    bound = 1 / prune.stable_rate(model, pair, prune.Case(batch, {}, {}), list)
+    largest = []
+    for i, (layer, _) in enumerate(pair.consumers):
+        weight = model.get_submodule(layer).weight
+
+        def gradient(direction):
+            """Of the MSE at the weight + a direction: linear in it, as the MSE is a parabola."""
+            shifted = weight + direction
+            with prune.collecting(model, pair) as found:
+                torch.func.functional_call(model, {f"{layer}.weight": shifted},
+                                           (batch.images[1],))
+            loss = F.mse_loss(found[i], targets[i])
+            return torch.autograd.grad(loss, direction)[0]
+
+        with prune.collecting(model, pair) as targets, torch.no_grad():
+            model(batch.images[1])
+        direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        for _ in range(30):                                  # power iteration
+            direction = direction / direction.norm()
+            direction = gradient(direction.requires_grad_()).detach()
+        largest.append(direction.norm().item())
+    assert 0.2 * bound < max(largest) <= bound * 1.001
+
+
+def test_a_layer_with_large_inputs_does_not_run_away():
+    """With inputs 30 times as large the rate of the release would make the loss grow without end."""
+    model, duals = tiny_drn()
+    for pair in model.pairs():
+        for layer, _ in pair.producers:
+            for p in model.get_submodule(layer).parameters(recurse=False):
+                p.data *= 30
+        for layer, _ in pair.consumers:
+            model.get_submodule(layer).weight.data /= 30
+    duals.requires_grad_(False)
+    told = {}
+    widths = {pair.name: pair.width * 3 // 4 for pair in model.pairs()}
+    prune.select(model, [pooled_batch(0, 2, 8), pooled_batch(1, 2, 8)], native_loss(duals), widths,
+                 rate=5e-5, on_pair=lambda pair, kept, rounds: told.update({pair.name: rounds}))
+    for name, rounds in told.items():
+        losses = losses_of(rounds)
+        assert losses[-1] <= 1.01 * losses[0], name
+
+
 def test_reuse_saves_the_scoring_pass_of_all_rounds_but_the_first():
     model, duals = tiny_drn()
     calls = []
