@@ -9,6 +9,7 @@ import torch
 
 import dual
 import evaluate
+import export
 import models
 import networks
 import own
@@ -183,6 +184,44 @@ def test_a_finished_run_is_used_with_the_flag_and_refused_without(tmp_path, pict
     code, _, errors = run_command(evaluate, monkeypatch, capsys, "--weights", weights, "--data",
                                   pictures, "--network", network)
     assert code == 1 and "another version of" in errors and "Traceback" not in errors
+
+
+def test_an_exported_network_of_ones_own_comes_back(tmp_path, pictures, monkeypatch, capsys):
+    network = f"{FILE}:EDSR"
+    model = models.build(*models.add_own(own.Given(network, "scale=2", 255.0))[:2])
+    small = model.with_widths({pair.name: 8 for pair in model.pairs()}).eval()
+    torch.save(models.checkpoint(small, dual.make_duals(small)), tmp_path / "tune.pt")
+    target = tmp_path / "mine.safetensors"
+    code, _, errors = run_command(export, monkeypatch, capsys, tmp_path / "tune.pt", "--network",
+                                  network, "--to", target)
+    assert code == 0, errors
+    again = models.load(target, given=own.Given(network)).eval()
+    assert again.widths == small.widths and same(again.state_dict(), small.state_dict())
+    low = torch.rand(1, 3, 9, 11)
+    with torch.no_grad():
+        assert torch.equal(again(low).images[2], small(low).images[2])
+    own.opened.clear()
+    with pytest.raises(ValueError, match="add --network"):
+        models.load(target)
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    target = tmp_path / "mine.onnx"
+    code, out, errors = run_command(export, monkeypatch, capsys, tmp_path / "tune.pt", "--network",
+                                    network, "--to", target)
+    assert code == 0, errors
+    assert "differs from PyTorch by at most" in out
+    code, _, errors = run_command(upscale, monkeypatch, capsys, pictures / "one.png", "--weights",
+                                  target, "--output", tmp_path / "large.png")
+    assert code == 0, errors                 # it computes without the file of the user's
+
+
+@pytest.mark.parametrize("name, value", [("network", 5), ("pairs", [{}]), ("pairs", 3),
+                                         ("arguments", None)])
+def test_a_damaged_source_is_one_sentence(name, value):
+    source = build("EDSR").source
+    with pytest.raises(ValueError, match="it is damaged"):
+        own.build(source | {name: value})
 
 
 def test_plain_weights_are_enlarged_with_the_same_flags(tmp_path, pictures, monkeypatch, capsys):
