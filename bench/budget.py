@@ -6,7 +6,9 @@
 The time of every candidate width is measured, then widths are chosen as `train.py` chooses them,
 with random numbers in place of what a search has learned. Printed: what the table of times
 predicts, and what the whole network takes beside the dense one, before and after the correction.
-Beside it the part of the multiply-adds.
+The correction ends with the measurement that comes closest, so it leans towards the target; "again"
+is one more of the chosen network, by which nothing is decided. Beside it the part of the
+multiply-adds.
 
 On a machine that others use, too, give --busy: one thread, and the processor's time of this process
 in place of the time that passes.
@@ -64,7 +66,7 @@ def main() -> None:
     budget = latency.budget(table, args.part, options)
     print(f"{args.arch}, {latency.device_name(args.device)}, LR {latency.SIDE}x{latency.SIDE}: "
           f"dense {table['dense']:.0f} ms, of which {table['rest']:.0f} ms do not depend on widths")
-    print("seed  asked  predicted  measured  spread  corrected  spread   MAdds")
+    print("seed  asked  predicted  measured  spread  corrected  spread  again  spread  MAdds")
     low = latency.noise(args.device)
     dense = latency.ready(model, args.device)
     for seed in range(args.seeds):
@@ -73,11 +75,14 @@ def main() -> None:
         network = latency.ready(model.with_widths(widths), args.device)
         first = latency.interleaved(dict(dense=dense, pruned=network), low)["pruned"]
         widths_after, after = latency.fit(choose, model, budget, args.part, args.device)
+        again = latency.interleaved(
+            dict(dense=dense, pruned=latency.ready(model.with_widths(widths_after), args.device)),
+            low)["pruned"]
         predicted = budget.cost(widths) / table["dense"]
         part = madds(model, widths_after) / madds(model, model.widths)
         print(f"{seed:4} {args.part:6.3f} {predicted:10.3f} {first.ratio:9.3f} "
               f"{first.ratio_spread:7.3f} {after.ratio:10.3f} {after.ratio_spread:7.3f} "
-              f"{part:7.3f}", flush=True)
+              f"{again.ratio:6.3f} {again.ratio_spread:7.3f} {part:6.3f}", flush=True)
 
 
 if __name__ == "__main__":
