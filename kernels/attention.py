@@ -103,14 +103,12 @@ def padding(size: Size, window: Size, crossed: bool) -> Size:
 @switch.constant
 def offsets(h: int, w: int, device: torch.device) -> Tensor:
     """(n, n) entry of the bias table for every query and key of a window of h×w = n tokens."""
-    # The cached tensor must serve training too, even if inference is the first to ask for it.
-    with torch.inference_mode(False):
-        place = torch.arange(h * w, device=device)
-        y = place // w
-        x = place % w
-        from_y = y[:, None] - y + h - 1                               # Δy + h − 1, 0 or more
-        from_x = x[:, None] - x + w - 1
-        return from_y * (2 * w - 1) + from_x
+    place = torch.arange(h * w, device=device)
+    y = place // w
+    x = place % w
+    from_y = y[:, None] - y + h - 1                                   # Δy + h − 1, 0 or more
+    from_x = x[:, None] - x + w - 1
+    return from_y * (2 * w - 1) + from_x
 
 
 # ---- reference: slow, for any dtype -------------------------------------------------------------
@@ -235,11 +233,10 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
     The last dy rows of the one and the last dx columns of the other come from the other end of the
     map. In the corner two tokens are apart if either mask says so.
     """
-    with torch.inference_mode(False):                                 # as in `offsets`
-        place = torch.arange(h * w, device=device)
-        y = place // w >= h - dy
-        x = place % w >= w - dx
-        return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
+    place = torch.arange(h * w, device=device)
+    y = place // w >= h - dy
+    x = place % w >= w - dx
+    return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
 
 
 def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float, fused: bool | None) -> Tensor:

@@ -94,24 +94,41 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def constant(function: Callable) -> Callable:
-    """Remembers what it returns. torch.compile takes the result and does not look inside."""
-    remembered = lru_cache(function)
+    """Remembers the tensors that it returns. Made in inference, they must serve training, too.
+
+    torch.compile makes them anew in its graph: as constants it would take two tensors of one
+    function, which the two windows of DAT need, for one.
+    """
+    @lru_cache
+    def remembered(*arguments):
+        with torch.inference_mode(False):
+            return function(*arguments)
 
     @wraps(function)
     def look_up(*arguments):
+        if torch.compiler.is_dynamo_compiling():
+            return function(*arguments)
         return remembered(*arguments)
 
-    # as torch.compiler.assume_constant_result does, which would import the compiler
-    look_up._dynamo_marked_constant = True
     look_up.cache_clear = remembered.cache_clear
     return look_up
 
 
-@constant
 def fit(device: torch.device) -> bool:
     """Whether this GPU can run the kernels; says once why not. `choose` saw the current one only,
     and with IMPL = "fastest" from the import on not even that.
     """
+    return look_at(device)
+
+
+# torch.compile takes the answer and does not look inside. So does
+# torch.compiler.assume_constant_result, which would import the compiler.
+fit._dynamo_marked_constant = True
+
+
+@lru_cache
+def look_at(device: torch.device) -> bool:
+    """What `fit` returns."""
     reason = available(device)
     if reason:
         say(f"kernels: torch on {device} ({reason})")

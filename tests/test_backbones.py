@@ -389,3 +389,13 @@ def test_bfloat16_of_the_large_upsampler():
     x = rule.image(1, 1, 16, 24)
     exact = model(x).images[4]
     assert 0 < (fast(x).images[4] - exact).abs().max() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("make", [tiny_swinir, tiny_dat])
+def test_transformers_can_be_compiled(make):
+    """In one graph. DAT's two windows have tensors of one function, which must stay two."""
+    model, _ = make()
+    low = torch.rand(1, 3, 32, 32)
+    plain = model(low).images[4]
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(model(low).images[4], plain)

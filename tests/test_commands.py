@@ -131,6 +131,24 @@ def test_ctrl_c_during_imports_is_quiet_in_commands_only():
     assert "KeyboardInterrupt" in done.stderr
 
 
+# ---- memory -------------------------------------------------------------------------------------
+def test_a_command_keeps_the_memory_of_tensors_that_are_gone(monkeypatch):
+    told = {}
+    library = SimpleNamespace(mallopt=told.__setitem__)
+    monkeypatch.setattr(commands.ctypes, "CDLL", lambda name: library)
+    commands.command(lambda: None)
+    assert told == {-3: 2**30, -1: 2**30}              # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
+def test_a_system_without_that_option_does_without(error, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(commands.ctypes, "CDLL", fail)
+    commands.keep_memory()
+
+
 # ---- progress -----------------------------------------------------------------------------------
 def bar_output(monkeypatch, seconds: float) -> list[str]:
     """What 100 steps of a bar print on a stderr that is no terminal, with a line per `seconds`."""

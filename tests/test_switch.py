@@ -21,7 +21,7 @@ def machine(monkeypatch):
     """
     monkeypatch.setattr(switch, "IMPL", switch.IMPL)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    switch.fit.cache_clear()
+    switch.look_at.cache_clear()
 
     def pretend(gpu: tuple | list | None, triton: bool, hip: str | None = None) -> None:
         gpus = gpu if isinstance(gpu, list) else [gpu]
@@ -36,7 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if triton else None)
 
     yield pretend
-    switch.fit.cache_clear()
+    switch.look_at.cache_clear()
 
 
 class Somewhere:
