@@ -29,9 +29,9 @@ neighbours in the picture (a "region") within each window:
     2            13  14   1   2             13 and 14;  1 and 2
     3            15  12   3   0             nobody but themselves
 
-Everyone else gets −100 added to the score, and e^−100 is as good as 0. Windows in the last row and
-the last column need the mask, no others. In window 1 the query 4 (place 1, at row 0, column 1) and
-the key 8 (place 3, at row 1, column 1) differ by (Δy, Δx) = (−1, 0): table entry
+Everyone else gets −100 added to the score, and e^−100 is as good as 0 (but see APART). Windows in
+the last row and the last column need the mask, no others. In window 1 the query 4 (place 1, at row
+0, column 1) and the key 8 (place 3, at row 1, column 1) differ by (Δy, Δx) = (−1, 0): table entry
 (Δy + 1)·3 + (Δx + 1) = 1. A 2×2 window has 3·3 = 9 entries per head, an 8×8 window 225.
 
 What the fused kernels save: memory traffic
@@ -226,9 +226,14 @@ def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, sc
     return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
 
 
+# Added to the scores of tokens that must not see each other. The papers' −100 leaves weights of
+# e^−100, numbers so small ("denormal") that a CPU takes many times as long for each. These are 0.
+APART = -10_000.0
+
+
 @switch.constant
 def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The (n, n) masks, 0 or −100, of a window in the last row and of one in the last column.
+    """The (n, n) masks, 0 or APART, of a window in the last row and of one in the last column.
 
     The last dy rows of the one and the last dx columns of the other come from the other end of the
     map. In the corner two tokens are apart if either mask says so.
@@ -236,7 +241,7 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
     place = torch.arange(h * w, device=device)
     y = place // w >= h - dy
     x = place % w >= w - dx
-    return -100.0 * (y[:, None] != y), -100.0 * (x[:, None] != x)
+    return APART * (y[:, None] != y), APART * (x[:, None] != x)
 
 
 def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float, fused: bool | None) -> Tensor:
