@@ -17,17 +17,17 @@ Not here: the ways themselves (attention.py, pixel_shuffle.py), and who may use 
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+import parallel
+import run
 from kernels import switch
 
 CALLS = 4                            # of a way, one after the other, and their mean
@@ -114,22 +114,17 @@ def fastest(kind: str, ways: dict[str, Callable], tensors: tuple, settings: dict
         return chosen[key]
     if not may_time(tensors):
         return None
+
+    def decide() -> str:
+        return known(kind, train, tensors[0].device, tuple(ways)) or time_all(
+            key, ways, tensors, settings, train)
+
     # In training all processes come here with the same class, and shall compute alike. At
     # inference a process may be on its own, and nobody should wait for the others.
-    several = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if several else 0
-    way = None
-    if rank == 0 or not train:
-        way = recorded.get(key) or stored(key, tuple(ways)) or time_all(
-            key, ways, tensors, settings, train)
-    if several and train:
-        box = [way]
-        dist.broadcast_object_list(box)
-        way = box[0]
-    chosen[key] = way
-    if rank == 0:
-        note(key, way)
-    return way
+    chosen[key] = parallel.from_main(decide) if train else decide()
+    if parallel.is_main():
+        note(key, chosen[key])
+    return chosen[key]
 
 
 def may_time(tensors: tuple) -> bool:
@@ -140,12 +135,13 @@ def may_time(tensors: tuple) -> bool:
 
 
 def known(kind: str, train: bool, device: torch.device, names: tuple) -> str | None:
-    """The choice made before, for torch.compile; None where there is none."""
+    """The choice made before; None where there is none, or one of a way that is no more."""
     key = full_key(kind, train, device)
-    return chosen.get(key) or recorded.get(key) or stored(key, names)
+    way = chosen.get(key) or recorded.get(key) or stored(key)
+    return way if way in names else None
 
 
-known._dynamo_marked_constant = True           # see switch.fit
+known._dynamo_marked_constant = True           # torch.compile asks it, see switch.constant
 
 
 def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict,
@@ -228,11 +224,11 @@ def shelf(key: str):
     return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
 
 
-def stored(key: str, names: tuple) -> str | None:
+def stored(key: str) -> str | None:
     """What an earlier process kept there; None where it kept nothing, or nothing of use."""
     try:
         found = json.loads(Path(shelf(key).get_file("choice.json")).read_text())
-        return found["way"] if found["key"] == key and found["way"] in names else None
+        return found["way"] if found["key"] == key else None
     except (OSError, RuntimeError, TypeError, ValueError, KeyError):
         return None
 
@@ -257,8 +253,8 @@ def remember_in(file: Path | str) -> None:
     chosen.clear()
     if record.exists():
         try:
-            recorded.update(json.loads(record.read_bytes()))
-        except (ValueError, TypeError, RecursionError) as error:
+            recorded.update(run.read_json(record, {str: str}))
+        except ValueError as error:
             raise ValueError(f"{record} is damaged: delete it, and the kernels are timed "
                              f"again") from error
 
@@ -268,6 +264,4 @@ def note(key: str, way: str) -> None:
     if record is None or recorded.get(key) == way:
         return
     recorded[key] = way
-    temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(recorded, indent=1))
-    temporary.replace(record)
+    run.write_file(record, json.dumps(recorded, indent=1).encode())

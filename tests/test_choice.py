@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels
+import parallel
 from kernels import choice, switch
 from triton_path import (
     DEVICE,
@@ -279,15 +280,14 @@ def test_torch_compile_asks_the_memory_and_keeps_one_graph(timed):
 def processes(monkeypatch):
     """processes(rank): as one of several; what is broadcast lies in `processes.sent`."""
     def pretend(rank):
-        def broadcast(box):
-            if rank == 0:
-                pretend.sent.append(box[0])
-            else:
-                box[0] = pretend.sent.pop()
+        def from_main(make):
+            if rank != 0:
+                return pretend.sent.pop()
+            pretend.sent.append(make())
+            return pretend.sent[-1]
 
-        monkeypatch.setattr(choice.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(choice.dist, "get_rank", lambda: rank)
-        monkeypatch.setattr(choice.dist, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(parallel, "is_main", lambda: rank == 0)
+        monkeypatch.setattr(parallel, "from_main", from_main)
 
     pretend.sent = []
     return pretend
