@@ -46,6 +46,19 @@ RUN_TIME = ["H", "W", "rows", "columns", "dy", "dx", "windows", "programs"]
 
 # ---- parts of kernels ---------------------------------------------------------------------------
 @triton.jit
+def place_in_grid(FIRST_HEAD: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr):
+    """(head, tile, window) of this program: which of HEADS heads, of TILES tiles, of the windows.
+
+    Neighbouring programs take the heads of the same tokens: a head's row in memory is 64 bytes or
+    less, and the heads of a token lie side by side. Where programs share the windows, the last of
+    the three is the first window of this one, and its number among them.
+    """
+    program = tl.program_id(0)
+    head = FIRST_HEAD + program % HEADS
+    return head, program // HEADS % TILES, program // HEADS // TILES
+
+
+@triton.jit
 def place_of(window, rows, columns):
     """(image, row, column) of a window. A division of unsigned numbers is a third shorter."""
     rows_above = (tl.cast(window, tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
@@ -155,20 +168,16 @@ def forward_64_kernel(
         SHIFTED: tl.constexpr,       # whether dy and dx are more than 0
         SAVE: tl.constexpr,          # lse, for the backward pass
         PRECISION: tl.constexpr):    # of float32 products, see triton_tiles.py
-    """A program takes one head and goes from window to window; the bias is loaded once.
-
-    Neighbouring programs take the heads of the same window: a head's row in memory is 64 bytes or
-    less, and the heads of a token lie side by side.
-    """
+    """A program takes one head and goes from window to window; the bias is loaded once."""
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
+    head, _, first = place_in_grid(FIRST_HEAD, HEADS, 1)
     token = tl.arange(0, 64)
     query = token[:, None]
     key = token[None, :]
     bias = bias_tile(table + head, query, key, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
-    for window in range(tl.program_id(0) // HEADS, windows, programs):
+    for window in range(first, windows, programs):
         row, inside = locate(window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
         q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
         k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM)
@@ -217,9 +226,7 @@ def forward_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_M)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_M)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_M)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM

@@ -41,6 +41,7 @@ from kernels.triton_attention import (
     load_head,
     locate,
     parts_of,
+    place_in_grid,
     programs_for,
     readable,
     store_head,
@@ -76,8 +77,7 @@ def backward_64_kernel(
         PRECISION: tl.constexpr):
     """A program takes one head and goes from window to window, as in the forward pass."""
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    program = tl.program_id(0) // HEADS
+    head, _, program = place_in_grid(FIRST_HEAD, HEADS, 1)
     token = tl.arange(0, 64)
     query = token[:, None]
     key = token[None, :]
@@ -142,9 +142,7 @@ def queries_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_M)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_M)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_M)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
     row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
@@ -203,9 +201,7 @@ def keys_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_N)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_N)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_N)
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head * HEAD_DIM
     dqkv += head * HEAD_DIM
@@ -262,9 +258,7 @@ def dbias_256_kernel(
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     TILES: tl.constexpr = (N // BLOCK_M) * (N // BLOCK_N)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % TILES
-    program = tl.program_id(0) // (HEADS * TILES)
+    head, tile, program = place_in_grid(FIRST_HEAD, HEADS, TILES)
     query = tile // (N // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head * HEAD_DIM
@@ -309,8 +303,8 @@ def dtable_kernel(
     """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     PITCH: tl.constexpr = 2 * WINDOW_W - 1
-    head = tl.program_id(0) % HEADS
-    entry = tl.program_id(0) // HEADS * ENTRIES + tl.arange(0, ENTRIES)
+    head, _, block = place_in_grid(0, HEADS, 1)
+    entry = block * ENTRIES + tl.arange(0, ENTRIES)
     key = tl.arange(0, N)
     y = (entry // PITCH - (WINDOW_H - 1))[:, None] + (key // WINDOW_W)[None, :]
     x = (entry % PITCH - (WINDOW_W - 1))[:, None] + (key % WINDOW_W)[None, :]
