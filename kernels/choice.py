@@ -2,7 +2,8 @@
 
 Which is fastest depends on the GPU, on the versions of everything, and on the sizes. So when an
 operation first meets a class of inputs, every way is timed on these inputs, launches included, and
-forward with backward where gradients are wanted. The fastest is kept
+forward with backward where gradients are wanted: several in PyTorch, and the Triton kernels in
+several variants of their tiles. The fastest is kept
 
     in this process                   `chosen`
     in the cache folder of Triton     for the same GPU, versions, source of the kernels
@@ -12,7 +13,8 @@ and one line says so. A way that fails for whatever reason counts as infinitely 
 must win by 3 %, for PyTorch is the more tested of the two. While a CUDA graph is captured or
 torch.compile traces, nothing is timed. If several processes train together, the first one decides.
 
-Not here: the ways themselves (attention.py, pixel_shuffle.py), and who may use Triton (switch.py).
+Not here: the ways themselves (attention.py, pixel_shuffle.py, mlp.py), the variants
+(triton_tiles.py), and who may use Triton (switch.py).
 """
 import hashlib
 import json
@@ -47,11 +49,11 @@ def call(operation: str, kind: str, ways: dict[str, Callable], tensors: tuple, s
     """Calls the way of `switch.IMPL` ("triton", or the fastest) and returns its result.
 
     kind: in words, what the time depends on: sizes, types. ways: {name: function(*tensors,
-    **settings)}; "triton" is one of them, and the first of the others takes over if it fails. Then
-    that operation stays with PyTorch, which is said once; but if Triton was asked for by name,
-    ValueError.
+    **settings)}; "triton" is one of them, others that begin so are its variants, and the first of
+    the rest takes over if one of these fails. Then that operation stays with PyTorch, which is said
+    once; but if Triton was asked for by name, ValueError.
     """
-    torch_way = next(name for name in ways if name != "triton")
+    torch_way = next(name for name in ways if not is_triton(name))
     compiling = torch.compiler.is_compiling()
     if switch.IMPL == "triton":
         way = "triton"
@@ -59,15 +61,20 @@ def call(operation: str, kind: str, ways: dict[str, Callable], tensors: tuple, s
         way = known(f"{operation} {kind}", trains(tensors), tensors[0].device, tuple(ways))
     else:
         way = fastest(f"{operation} {kind}", ways, tensors, settings)
-        if operation in failed and way == "triton":
+        if operation in failed and is_triton(way):
             way = torch_way
-    if way != "triton" or compiling:
+    if compiling or not is_triton(way):
         return ways[way or torch_way](*tensors, **settings)
     try:
-        return ways["triton"](*tensors, **settings)
+        return ways[way](*tensors, **settings)
     except Exception as error:       # the compiler, the driver and Triton each have their own
         give_up(operation, error)
         return ways[torch_way](*tensors, **settings)
+
+
+def is_triton(way: str | None) -> bool:
+    """Whether a way is the Triton kernels, in whatever variant."""
+    return way is not None and way.startswith("triton")
 
 
 def give_up(operation: str, error: Exception) -> None:
@@ -159,13 +166,14 @@ def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict
                 errors[name] = reason(error)
                 seconds[name] = math.inf
     timing = False
-    way = min((name for name in ways if name != "triton"), key=seconds.get)
-    if "triton" not in errors and seconds["triton"] * MARGIN <= seconds[way]:
-        way = "triton"
+    triton = min(filter(is_triton, ways), key=seconds.get)
+    way = min((name for name in ways if not is_triton(name)), key=seconds.get)
+    if triton not in errors and seconds[triton] * MARGIN <= seconds[way]:
+        way = triton
     words = [f"{name} {seconds[name] * 1e6:.0f}" for name in ways if name not in errors]
     words += [f"{name} failed ({errors[name]})" for name in errors]
     switch.say(f"kernels: {way} for {key.partition(';')[0]} (µs: {', '.join(words)})")
-    if "triton" not in errors:                 # else its reason is to be said the next time, too
+    if triton not in errors:                   # else the reason is to be said the next time, too
         store(key, way)
     return way
 
