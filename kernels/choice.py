@@ -233,18 +233,17 @@ def shelf(key: str):
 
 
 def stored(key: str) -> str | None:
-    """What an earlier process kept there; None where it kept nothing, or nothing of use."""
+    """What an earlier process kept there; None where it kept nothing that can be read."""
     try:
-        found = json.loads(Path(shelf(key).get_file("choice.json")).read_text())
-        return found["way"] if found["key"] == key else None
-    except (OSError, RuntimeError, TypeError, ValueError, KeyError):
+        return Path(shelf(key).get_file("choice.txt")).read_text()
+    except (OSError, RuntimeError, TypeError, ValueError):
         return None
 
 
 def store(key: str, way: str) -> None:
     """Keeps a choice for later processes; a folder that cannot be written to is no error."""
     try:
-        shelf(key).put(json.dumps(dict(key=key, way=way)), "choice.json", binary=False)
+        shelf(key).put(way, "choice.txt", binary=False)
     except (OSError, RuntimeError):
         return
 

@@ -173,8 +173,8 @@ VARIANTS = {
                                     precision="ieee"),
     },
 
-    # Attention for 256 tokens in half as many steps, each with twice the scores. Without a limit the
-    # compiler aims at 168 registers, and spills.
+    # Attention for 256 tokens in half as many steps, each with twice the scores. Without a limit
+    # the compiler aims at 168 registers, and spills.
     "long steps": {
         ("forward_256", "bf16"): Tiles(mn(64, 64), warps=4, stages=1, registers=208, limit=208),
         ("queries_256", "bf16"): Tiles(mn(64, 64), warps=4, stages=1, registers=232),
