@@ -115,8 +115,9 @@ def attention_cases(target: int) -> Iterator[Case]:
                     constants = part.compile_time(6, d) | tiles.constants
                     if module is forward:
                         constants["SAVE"] = True
+                    counted_on = tiles.resident if "programs" in kernel.arg_names else 0
                     yield Case(named(f"{name}_{where}", variant), kernel, numbers, constants,
-                               triton_tiles.options(tiles), tiles.resident)
+                               triton_tiles.options(tiles), counted_on)
 
 
 def named(case: str, variant: str) -> str:

@@ -193,6 +193,7 @@ VARIANTS = {
         ("conv_wide", "ieee"): Tiles(mnk(64, 64, 32), warps=8, stages=2, registers=104,
                                      precision="ieee"),
         ("mlp", "bf16"): Tiles(mn(32, 32), warps=4, stages=2, registers=255),
+        ("mlp", "bf16", 100): Tiles(mn(32, 32), warps=8, stages=2, registers=168),
     },
 
     # The wide convolution with half the channels a step, and one more step under way.
@@ -233,12 +234,17 @@ def ways(path: Callable, kernels: tuple[str, ...], x: Tensor, products: str) -> 
 def names_of(kernels: tuple[str, ...], dtype: torch.dtype, products: str,
              device: torch.device) -> tuple[str, ...]:
     """The names of these variants, "" first."""
-    numbers = arithmetic(dtype, products)
-    found = [variants(kernel, numbers, target_of(device)) for kernel in kernels]
-    return tuple(name for name in VARIANTS if any(name in each for each in found))
+    return names_for(kernels, arithmetic(dtype, products), target_of(device))
 
 
 names_of._dynamo_marked_constant = True      # torch.compile asks it, see switch.constant
+
+
+@lru_cache
+def names_for(kernels: tuple[str, ...], numbers: str, target: int) -> tuple[str, ...]:
+    """The same, remembered, since it is asked at every call of an operation."""
+    found = [variants(kernel, numbers, target) for kernel in kernels]
+    return tuple(name for name in VARIANTS if any(name in each for each in found))
 
 
 def arithmetic(dtype: torch.dtype, products: str) -> str:
