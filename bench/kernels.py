@@ -39,7 +39,7 @@ import kernels
 import models
 import run
 from bench import baselines
-from kernels import attention, choice, pixel_shuffle
+from kernels import attention, choice, mlp, pixel_shuffle
 
 GPU = torch.cuda.is_available()
 MODELS = ("swinir", "swinir_light", "dat", "dat_light", "drn_s")
@@ -56,25 +56,22 @@ class Attention(NamedTuple):
     crossed: bool
 
 
-class Convolution(NamedTuple):
-    C: int
-    outputs: int
-    r: int
-    W: int
-    H: int
-
-
 ATTENTION = {
     "swinir 16x64x64": Attention(16, 64, 64, 6, 30, (8, 8), (4, 4), False),
     "swinir 1x184x320": Attention(1, 184, 320, 6, 30, (8, 8), (4, 4), False),
     "swinir_light 16x64x64": Attention(16, 64, 64, 6, 10, (8, 8), (4, 4), False),
     "dat 16x64x64": Attention(16, 64, 64, 6, 30, (8, 32), (4, 16), True),
 }
-CONVOLUTION = {
-    "conv 64->256 r2 320x180": Convolution(64, 64, 2, 320, 180),
-    "conv 64->256 r2 640x360": Convolution(64, 64, 2, 640, 360),
-    "conv 60->48 r4 320x180": Convolution(60, 3, 4, 320, 180),
-    "conv 60->48 r4 640x360": Convolution(60, 3, 4, 640, 360),
+CONVOLUTION = {                      # C, outputs, r, width, height
+    "conv 64->256 r2 320x180": (64, 64, 2, 320, 180),
+    "conv 64->256 r2 640x360": (64, 64, 2, 640, 360),
+    "conv 60->48 r4 320x180": (60, 3, 4, 320, 180),
+    "conv 60->48 r4 640x360": (60, 3, 4, 640, 360),
+}
+MLP = {                              # pictures, height, width, C, hidden channels
+    "mlp 180->360 16x64x64": (16, 64, 64, 180, 360),
+    "mlp 180->360 1x184x320": (1, 184, 320, 180, 360),
+    "mlp 60->120 16x64x64": (16, 64, 64, 60, 120),
 }
 
 
@@ -237,16 +234,14 @@ def where_triton_runs(function: Callable | None = None) -> dict[str, Callable]:
 
 def attention_rows(name: str, case: Attention, repeat: int) -> list[dict]:
     """Forward, and forward with backward, in every way."""
-    device = "cuda" if GPU else "cpu"
-    dtype = torch.bfloat16 if GPU else torch.float32
     B, H, W, heads, d, window, shift, crossed = case
     if not GPU:
         B, H, W = 1, 64, 64
     A = heads * d
     settings = dict(heads=heads, window=window, shift=shift, scale=d**-0.5, crossed=crossed)
-    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1), heads, device=device)
-    qkv = torch.randn(B, H, W, 3 * A, device=device, dtype=dtype)
-    dout = torch.randn(B, H, W, A, device=device, dtype=dtype)
+    table = randn((2 * window[0] - 1) * (2 * window[1] - 1), heads).float()
+    qkv = randn(B, H, W, 3 * A)
+    dout = randn(B, H, W, A)
     torch._dynamo.reset()                    # what is compiled, is compiled for this case alone
     ways = ways_of_attention(baselines.prepare(qkv, window, shift, crossed))
 
@@ -276,30 +271,51 @@ def forward_backward(function: Callable, inputs: tuple, dout: Tensor) -> None:
     torch.autograd.grad(function(), inputs, dout)
 
 
-def convolution_rows(name: str, case: Convolution, repeat: int) -> list[dict]:
+def convolution_rows(name: str, case: tuple, repeat: int) -> list[dict]:
     """Forward, for one picture, in every way."""
-    device = "cuda" if GPU else "cpu"
-    dtype = torch.bfloat16 if GPU else torch.float32
     C, outputs, r, W, H = case
     columns = outputs * r * r
-    x = torch.randn(1, C, H, W, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(columns, C, 3, 3, device=device, dtype=dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = torch.randn(columns, device=device, dtype=dtype)
+    x = randn(1, C, H, W).contiguous(memory_format=torch.channels_last)
+    weight = randn(columns, C, 3, 3).contiguous(memory_format=torch.channels_last)
+    inputs = (x, weight, randn(columns), r)
+    ways = ways_of(kernels.conv3x3_pixel_shuffle, pixel_shuffle.torch_path)
+    return forward_rows(name, ways, inputs, (C + columns) * H * W, repeat)
+
+
+def mlp_rows(name: str, case: tuple, repeat: int) -> list[dict]:
+    """Forward, with the norm before it and the sum after it, in every way."""
+    B, H, W, C, hidden = case
+    if not GPU:
+        B, H, W = 1, 64, 64
+    shapes = [(B, H, W, C), (C,), (C,), (hidden, C), (hidden,), (C, hidden), (C,)]
+    inputs = tuple(randn(*shape) for shape in shapes)
+    ways = ways_of(kernels.residual_mlp, mlp.torch_path)
+    return forward_rows(name, ways, inputs, 2 * inputs[0].numel(), repeat)
+
+
+def randn(*shape: int) -> Tensor:
+    """Random numbers where the operations are timed, and as they are."""
+    return torch.randn(
+        shape, device="cuda" if GPU else "cpu", dtype=torch.bfloat16 if GPU else torch.float32)
+
+
+def ways_of(ours: Callable, plain: Callable) -> dict[str, Callable]:
+    """{name: a function with their signature}; ours comes first, plain is PyTorch's own."""
+    if not GPU:
+        return {"ours, PyTorch": plain}
+    return where_triton_runs(ours) | {"eager": plain, "compiled": compiled(plain)}
+
+
+def forward_rows(name: str, ways: dict[str, Callable], inputs: tuple, moved: int,
+                 repeat: int) -> list[dict]:
+    """Forward in every way; moved: the numbers that a fused kernel must move."""
     torch._dynamo.reset()
-    ways = {"ours, PyTorch": pixel_shuffle.torch_path}
-    if GPU:
-        ways = where_triton_runs(kernels.conv3x3_pixel_shuffle) | {
-            "eager": pixel_shuffle.torch_path,
-            "compiled": compiled(pixel_shuffle.torch_path),
-        }
-    moved = (C + columns) * H * W * x.element_size()
+    moved *= inputs[0].element_size()
     timer = on_the_gpu if GPU else by_the_clock
     rows = Rows(name, timer, repeat, moved, moved / ceilings()[0])
     with torch.no_grad():
         for way, function in ways.items():
-            rows.measure(way, partial(function, x, weight, bias, r))
+            rows.measure(way, partial(function, *inputs))
     return rows.rows
 
 
@@ -432,12 +448,11 @@ def main() -> None:
             training_rows(args.repeat)
         return
     kernels.choose("torch" if kernels.available() else "triton")
-    for name, case in ATTENTION.items():
-        if args.only in name:
-            attention_rows(name, case, args.repeat)
-    for name, case in CONVOLUTION.items():
-        if args.only in name:
-            convolution_rows(name, case, args.repeat)
+    operations = [(ATTENTION, attention_rows), (CONVOLUTION, convolution_rows), (MLP, mlp_rows)]
+    for cases, rows_of in operations:
+        for name, case in cases.items():
+            if args.only in name:
+                rows_of(name, case, args.repeat)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ STEPS = [
     ("attention of swinir", ["--only", "swinir 16"], 70),
     ("attention of dat", ["--only", "dat"], 70),
     ("convolutions", ["--only", "conv"], 40),
-    ("drn_s", ["--model", "drn_s"], 60),
-    ("swinir, and its training", ["--model", "swinir"], 90),
+    ("MLPs", ["--only", "mlp"], 20),
+    ("drn_s", ["--model", "drn_s"], 50),
+    ("swinir, and its training", ["--model", "swinir"], 80),
     ("attention of swinir on a picture", ["--only", "swinir 1x"], 30),
     ("attention of swinir_light", ["--only", "swinir_light"], 30),
 ]
@@ -111,9 +112,11 @@ def markdown(tested: str, results: list[Result]) -> str:
              f"commit {facts.get('commit')}): `python -m bench.kernels --report`.", "", tested, ""]
     operations = [row for row in rows if " forward" in row["case"]]
     convolutions = [row for row in rows if row["case"].startswith("conv")]
-    networks = [row for row in rows if row not in operations + convolutions]
+    mlps = [row for row in rows if row["case"].startswith("mlp")]
+    networks = [row for row in rows if row not in operations + convolutions + mlps]
     lines += table("attention, µs", operations, 1e6, 0)
     lines += table("convolution 3×3 and shuffle, µs", convolutions, 1e6, 0)
+    lines += table("norm, MLP and sum, µs", mlps, 1e6, 0)
     lines += table("whole networks, ms", networks, 1e3, 1)
     lines += chosen(results)
     lines += [f"- {result.problem.strip()}" for result in results if result.problem]

@@ -8,7 +8,8 @@
     triton_*.py                            the Triton kernels; imported when they are first used
     compile.py                             a command: compiles every kernel without a GPU
 
-Nothing here imports anything of the project outside this folder. Read attention.py first.
+Of the project outside this folder, only choice.py imports anything: how files are written (run.py)
+and which of several processes decides (parallel.py). Read attention.py first.
 """
 from kernels.attention import window_attention
 from kernels.choice import remember_in

@@ -69,7 +69,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import choice, switch
+from kernels import choice, switch, triton_tiles
 
 Size = tuple[int, int]               # rows, columns
 
@@ -317,20 +317,26 @@ def window_attention(
     kind = (f"{heads} heads of {width // 3 // heads}, window {window[0]}x{window[1]}, "
             f"{'shifted' if shift[0] else 'plain'}, {'crossed, ' if crossed else ''}"
             f"{switch.NUMBERS[qkv.dtype]}, 2^{choice.bucket(B * H * W)} tokens")
-    return choice.call(NAME, kind, WAYS, (qkv, bias_table), settings)
+    tensors = (qkv, bias_table)
+    compiled = KERNELS[window[0] * window[1]][:None if choice.trains(tensors) else 1]
+    ways = triton_tiles.ways(triton_path, compiled, qkv, "matmul")
+    return choice.call(NAME, kind, ways | TORCH_WAYS, tensors, settings)
 
 
 def triton_path(qkv: Tensor, bias_table: Tensor, *, heads: int, window: Size, shift: Size,
-                scale: float, crossed: bool) -> Tensor:
-    """`window_attention` by the Triton kernels."""
+                scale: float, crossed: bool, variant: str) -> Tensor:
+    """`window_attention` by the Triton kernels; variant: one of triton_tiles.VARIANTS."""
     save = choice.trains((qkv, bias_table))
     return window_attention_op(
-        qkv, bias_table, heads, list(window), list(shift), scale, crossed, save)[0]
+        qkv, bias_table, heads, list(window), list(shift), scale, crossed, variant, save)[0]
 
 
 NAME = "window_attention"
-WAYS = {                             # of which the fastest runs
-    "triton": triton_path,
+KERNELS = {                          # by the tokens of a window; the first one is for inference
+    64: ("forward_64", "backward_64"),
+    256: ("forward_256", "queries_256", "keys_256", "dbias_256"),
+}
+TORCH_WAYS = {                       # of these and of the Triton kernels the fastest runs
     "eager": partial(torch_path, fused=False),
     "fused": partial(torch_path, fused=True),
 }
@@ -376,10 +382,12 @@ def window_attention_op(
         shift: list[int],
         scale: float,
         crossed: bool,
+        variant: str,
         save: bool) -> tuple[Tensor, Tensor]:
     """(out, lse). lse, the logarithm of each row's sum of exponentials, is empty unless `save`."""
     from kernels import triton_attention
-    return triton_attention.forward(qkv, bias_table, heads, window, shift, scale, crossed, save)
+    return triton_attention.forward(
+        qkv, bias_table, heads, window, shift, scale, crossed, variant, save)
 
 
 @torch.library.custom_op("drc::window_attention_backward", mutates_args=())
@@ -393,15 +401,16 @@ def window_attention_backward_op(
         window: list[int],
         shift: list[int],
         scale: float,
-        crossed: bool) -> tuple[Tensor, Tensor]:
+        crossed: bool,
+        variant: str) -> tuple[Tensor, Tensor]:
     """(dqkv, dtable), where dout is the gradient of out."""
     from kernels import triton_attention_backward
     return triton_attention_backward.backward(
-        qkv, bias_table, out, lse, dout, heads, window, shift, scale, crossed)
+        qkv, bias_table, out, lse, dout, heads, window, shift, scale, crossed, variant)
 
 
 @window_attention_op.register_fake
-def fake_forward(qkv, bias_table, heads, window, shift, scale, crossed, save):
+def fake_forward(qkv, bias_table, heads, window, shift, scale, crossed, variant, save):
     B, H, W, width = qkv.shape
     down, right = padding((H, W), tuple(window), crossed)
     tokens = B * (H + down) * (W + right)
@@ -412,15 +421,15 @@ def fake_forward(qkv, bias_table, heads, window, shift, scale, crossed, save):
 
 
 @window_attention_backward_op.register_fake
-def fake_backward(qkv, bias_table, out, lse, dout, heads, window, shift, scale, crossed):
+def fake_backward(qkv, bias_table, out, lse, dout, *settings):
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
 
 
 def remember(ctx, inputs, output) -> None:
     """Keeps what the backward pass needs: no scores, only the inputs, out and lse."""
-    qkv, bias_table, heads, window, shift, scale, crossed, _ = inputs
+    qkv, bias_table, *settings, _ = inputs
     out, lse = output
-    ctx.settings = (heads, window, shift, scale, crossed)
+    ctx.settings = settings                                           # heads ... variant
     ctx.save_for_backward(qkv, bias_table, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -428,7 +437,7 @@ def remember(ctx, inputs, output) -> None:
 
 def gradients(ctx, dout: Tensor | None, _):
     """One gradient for each input of `window_attention_op`; None where there is none."""
-    nothing = (None,) * 6                                             # heads ... save
+    nothing = (None,) * 7                                             # heads ... save
     if dout is None:
         return None, None, *nothing
     qkv, bias_table, out, lse = ctx.saved_tensors
@@ -440,7 +449,7 @@ def gradients(ctx, dout: Tensor | None, _):
     return *result, *nothing
 
 
-def torch_gradients(qkv, bias_table, dout, heads, window, shift, scale, crossed) -> tuple:
+def torch_gradients(qkv, bias_table, dout, heads, window, shift, scale, crossed, _) -> tuple:
     """(dqkv, dtable) by PyTorch, which computes the forward pass once more."""
     inputs = [x.detach().requires_grad_() for x in (qkv, bias_table)]
     with torch.enable_grad():

@@ -2,7 +2,8 @@
 
 Which is fastest depends on the GPU, on the versions of everything, and on the sizes. So when an
 operation first meets a class of inputs, every way is timed on these inputs, launches included, and
-forward with backward where gradients are wanted. The fastest is kept
+forward with backward where gradients are wanted: several in PyTorch, and the Triton kernels in
+several variants of their tiles. The fastest is kept
 
     in this process                   `chosen`
     in the cache folder of Triton     for the same GPU, versions, source of the kernels
@@ -12,22 +13,23 @@ and one line says so. A way that fails for whatever reason counts as infinitely 
 must win by 3 %, for PyTorch is the more tested of the two. While a CUDA graph is captured or
 torch.compile traces, nothing is timed. If several processes train together, the first one decides.
 
-Not here: the ways themselves (attention.py, pixel_shuffle.py), and who may use Triton (switch.py).
+Not here: the ways themselves (attention.py, pixel_shuffle.py, mlp.py), the variants
+(triton_tiles.py), and who may use Triton (switch.py).
 """
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+import parallel
+import run
 from kernels import switch
 
 CALLS = 4                            # of a way, one after the other, and their mean
@@ -47,11 +49,11 @@ def call(operation: str, kind: str, ways: dict[str, Callable], tensors: tuple, s
     """Calls the way of `switch.IMPL` ("triton", or the fastest) and returns its result.
 
     kind: in words, what the time depends on: sizes, types. ways: {name: function(*tensors,
-    **settings)}; "triton" is one of them, and the first of the others takes over if it fails. Then
-    that operation stays with PyTorch, which is said once; but if Triton was asked for by name,
-    ValueError.
+    **settings)}; "triton" is one of them, others that begin so are its variants, and the first of
+    the rest takes over if one of these fails. Then that operation stays with PyTorch, which is said
+    once; but if Triton was asked for by name, ValueError.
     """
-    torch_way = next(name for name in ways if name != "triton")
+    torch_way = next(name for name in ways if not is_triton(name))
     compiling = torch.compiler.is_compiling()
     if switch.IMPL == "triton":
         way = "triton"
@@ -59,15 +61,20 @@ def call(operation: str, kind: str, ways: dict[str, Callable], tensors: tuple, s
         way = known(f"{operation} {kind}", trains(tensors), tensors[0].device, tuple(ways))
     else:
         way = fastest(f"{operation} {kind}", ways, tensors, settings)
-        if operation in failed and way == "triton":
+        if operation in failed and is_triton(way):
             way = torch_way
-    if way != "triton" or compiling:
+    if compiling or not is_triton(way):
         return ways[way or torch_way](*tensors, **settings)
     try:
-        return ways["triton"](*tensors, **settings)
+        return ways[way](*tensors, **settings)
     except Exception as error:       # the compiler, the driver and Triton each have their own
         give_up(operation, error)
         return ways[torch_way](*tensors, **settings)
+
+
+def is_triton(way: str | None) -> bool:
+    """Whether a way is the Triton kernels, in whatever variant."""
+    return way is not None and way.startswith("triton")
 
 
 def give_up(operation: str, error: Exception) -> None:
@@ -114,22 +121,17 @@ def fastest(kind: str, ways: dict[str, Callable], tensors: tuple, settings: dict
         return chosen[key]
     if not may_time(tensors):
         return None
+
+    def decide() -> str:
+        return known(kind, train, tensors[0].device, tuple(ways)) or time_all(
+            key, ways, tensors, settings, train)
+
     # In training all processes come here with the same class, and shall compute alike. At
     # inference a process may be on its own, and nobody should wait for the others.
-    several = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if several else 0
-    way = None
-    if rank == 0 or not train:
-        way = recorded.get(key) or stored(key, tuple(ways)) or time_all(
-            key, ways, tensors, settings, train)
-    if several and train:
-        box = [way]
-        dist.broadcast_object_list(box)
-        way = box[0]
-    chosen[key] = way
-    if rank == 0:
-        note(key, way)
-    return way
+    chosen[key] = parallel.from_main(decide) if train else decide()
+    if parallel.is_main():
+        note(key, chosen[key])
+    return chosen[key]
 
 
 def may_time(tensors: tuple) -> bool:
@@ -140,12 +142,13 @@ def may_time(tensors: tuple) -> bool:
 
 
 def known(kind: str, train: bool, device: torch.device, names: tuple) -> str | None:
-    """The choice made before, for torch.compile; None where there is none."""
+    """The choice made before; None where there is none, or one of a way that is no more."""
     key = full_key(kind, train, device)
-    return chosen.get(key) or recorded.get(key) or stored(key, names)
+    way = chosen.get(key) or recorded.get(key) or stored(key)
+    return way if way in names else None
 
 
-known._dynamo_marked_constant = True           # see switch.fit
+known._dynamo_marked_constant = True           # torch.compile asks it, see switch.constant
 
 
 def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict,
@@ -163,13 +166,14 @@ def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict
                 errors[name] = reason(error)
                 seconds[name] = math.inf
     timing = False
-    way = min((name for name in ways if name != "triton"), key=seconds.get)
-    if "triton" not in errors and seconds["triton"] * MARGIN <= seconds[way]:
-        way = "triton"
+    triton = min(filter(is_triton, ways), key=seconds.get)
+    way = min((name for name in ways if not is_triton(name)), key=seconds.get)
+    if triton not in errors and seconds[triton] * MARGIN <= seconds[way]:
+        way = triton
     words = [f"{name} {seconds[name] * 1e6:.0f}" for name in ways if name not in errors]
     words += [f"{name} failed ({errors[name]})" for name in errors]
     switch.say(f"kernels: {way} for {key.partition(';')[0]} (µs: {', '.join(words)})")
-    if "triton" not in errors:                 # else its reason is to be said the next time, too
+    if triton not in errors:                   # else the reason is to be said the next time, too
         store(key, way)
     return way
 
@@ -228,19 +232,18 @@ def shelf(key: str):
     return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
 
 
-def stored(key: str, names: tuple) -> str | None:
-    """What an earlier process kept there; None where it kept nothing, or nothing of use."""
+def stored(key: str) -> str | None:
+    """What an earlier process kept there; None where it kept nothing that can be read."""
     try:
-        found = json.loads(Path(shelf(key).get_file("choice.json")).read_text())
-        return found["way"] if found["key"] == key and found["way"] in names else None
-    except (OSError, RuntimeError, TypeError, ValueError, KeyError):
+        return Path(shelf(key).get_file("choice.txt")).read_text()
+    except (OSError, RuntimeError, TypeError, ValueError):
         return None
 
 
 def store(key: str, way: str) -> None:
     """Keeps a choice for later processes; a folder that cannot be written to is no error."""
     try:
-        shelf(key).put(json.dumps(dict(key=key, way=way)), "choice.json", binary=False)
+        shelf(key).put(way, "choice.txt", binary=False)
     except (OSError, RuntimeError):
         return
 
@@ -257,8 +260,8 @@ def remember_in(file: Path | str) -> None:
     chosen.clear()
     if record.exists():
         try:
-            recorded.update(json.loads(record.read_bytes()))
-        except (ValueError, TypeError, RecursionError) as error:
+            recorded.update(run.read_json(record, {str: str}))
+        except ValueError as error:
             raise ValueError(f"{record} is damaged: delete it, and the kernels are timed "
                              f"again") from error
 
@@ -268,6 +271,4 @@ def note(key: str, way: str) -> None:
     if record is None or recorded.get(key) == way:
         return
     recorded[key] = way
-    temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(recorded, indent=1))
-    temporary.replace(record)
+    run.write_file(record, json.dumps(recorded, indent=1).encode())

@@ -18,6 +18,8 @@ This runs the compiler and NVIDIA's assembler, which come with Triton; it does n
     occupancy       their warps, in percent of those that it can hold
     counted_on      programs that the launch counts on to fit; 0 where it does not matter
 
+The name of a variant (triton_tiles.py) stands at the end of a kernel's name.
+
 Read the kernels (triton_attention.py, triton_pixel_shuffle.py, triton_mlp.py) and triton_tiles.py
 first.
 """
@@ -97,34 +99,30 @@ INTEGERS = ("H", "W", "rows", "columns", "dy", "dx", "windows", "programs", "pix
 # ---- what is compiled ---------------------------------------------------------------------------
 def attention_cases(target: int) -> Iterator[Case]:
     """The kernels of window attention with 6 heads, for each line of ATTENTION."""
+    from kernels import attention, triton_tiles
     from kernels import triton_attention as forward
-    from kernels import triton_tiles
+    from kernels import triton_attention_backward as backward
     for numbers, d, window, shifted in ATTENTION:
         shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
         crossed = window == (8, 32)
         for part in forward.parts_of((1, 64, 64), 6, window, shift, crossed):
             h, w = part.window
             where = f"{numbers}_{h}x{w}_{'shifted' if shifted else 'plain'}_width{d}"
-            for kernel, name in attention_kernels(h * w):
-                tiles = triton_tiles.tiles_for(name, numbers, target)
-                constants = part.compile_time(6, d) | tiles.constants
-                if name.startswith("forward"):
-                    constants["SAVE"] = True
-                yield Case(f"{name}_{where}", kernel, numbers, constants,
-                           triton_tiles.options(tiles), tiles.resident)
+            for name in attention.KERNELS[h * w]:
+                module = forward if name.startswith("forward") else backward
+                kernel = getattr(module, f"{name}_kernel")
+                for variant, tiles in triton_tiles.variants(name, numbers, target).items():
+                    constants = part.compile_time(6, d) | tiles.constants
+                    if module is forward:
+                        constants["SAVE"] = True
+                    counted_on = tiles.resident if "programs" in kernel.arg_names else 0
+                    yield Case(named(f"{name}_{where}", variant), kernel, numbers, constants,
+                               triton_tiles.options(tiles), counted_on)
 
 
-def attention_kernels(tokens: int) -> list[tuple]:
-    """(kernel, its name in triton_tiles.py) for windows of 64 or 256 tokens."""
-    from kernels import triton_attention as forward
-    from kernels import triton_attention_backward as backward
-    if tokens == 64:
-        return [(forward.forward_64_kernel, "forward_64"),
-                (backward.backward_64_kernel, "backward_64")]
-    return [(forward.forward_256_kernel, "forward_256"),
-            (backward.queries_256_kernel, "queries_256"),
-            (backward.keys_256_kernel, "keys_256"),
-            (backward.dbias_256_kernel, "dbias_256")]
+def named(case: str, variant: str) -> str:
+    """The name of a case in a variant, without spaces."""
+    return "_".join([case, *variant.split()])
 
 
 def dtable_cases() -> Iterator[Case]:
@@ -142,25 +140,30 @@ def convolution_cases(target: int) -> Iterator[Case]:
     from kernels import triton_tiles
     for numbers, inputs, outputs, r in CONVOLUTION:
         columns = outputs * r * r
-        tiles = triton_tiles.conv_tiles(inputs, columns, numbers, target)
-        constants = shuffle.compile_time(inputs, outputs, r, True) | tiles.constants
-        name = f"conv_{numbers}_{inputs}to{columns}_r{r}"
-        yield Case(name, shuffle.conv_shuffle_kernel, numbers, constants,
-                   triton_tiles.options(tiles))
+        kernel = triton_tiles.conv_kernel(columns)
+        for variant, tiles in triton_tiles.variants(kernel, numbers, target).items():
+            tiles = triton_tiles.shallow(tiles, inputs)
+            constants = shuffle.compile_time(inputs, outputs, r, True) | tiles.constants
+            name = named(f"conv_{numbers}_{inputs}to{columns}_r{r}", variant)
+            yield Case(name, shuffle.conv_shuffle_kernel, numbers, constants,
+                       triton_tiles.options(tiles))
 
 
-def mlp_cases() -> Iterator[Case]:
+def mlp_cases(target: int) -> Iterator[Case]:
     """The MLP of SwinIR and of its light version."""
     from kernels import triton_mlp as mlp
+    from kernels import triton_tiles
     for channels in (180, 60):
-        constants = mlp.compile_time(channels, 2 * channels)
-        yield Case(f"mlp_bf16_{channels}to{2 * channels}", mlp.mlp_kernel, "bf16", constants,
-                   mlp.OPTIONS)
+        for variant, tiles in triton_tiles.variants("mlp", "bf16", target).items():
+            constants = mlp.compile_time(channels, 2 * channels, tiles)
+            name = named(f"mlp_bf16_{channels}to{2 * channels}", variant)
+            yield Case(name, mlp.mlp_kernel, "bf16", constants, triton_tiles.options(tiles))
 
 
 def cases(target: int) -> list[Case]:
     """Every kernel and configuration that is shipped for a target."""
-    return [*attention_cases(target), *dtable_cases(), *convolution_cases(target), *mlp_cases()]
+    return [*attention_cases(target), *dtable_cases(), *convolution_cases(target),
+            *mlp_cases(target)]
 
 
 # ---- how ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import choice, switch
+from kernels import choice, switch, triton_tiles
 
 EPS = 1e-5                           # of nn.LayerNorm, unless told otherwise
 
@@ -51,7 +51,8 @@ def residual_mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Ten
     hidden, C = weight1.shape
     kind = (f"{C} channels, {hidden} hidden, {switch.NUMBERS[x.dtype]}, "
             f"2^{choice.bucket(x.numel() // C)} tokens")
-    return choice.call("residual_mlp", kind, WAYS, tensors, {})
+    ways = triton_tiles.ways(triton_path, ("mlp",), x, "matmul") | {"PyTorch": torch_path}
+    return choice.call("residual_mlp", kind, ways, tensors, {})
 
 
 def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, bias1: Tensor,
@@ -76,20 +77,18 @@ def kernel_takes(x: Tensor, *weights: Tensor) -> bool:
 
 @torch.library.custom_op("drc::residual_mlp", mutates_args=())
 def mlp_op(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, bias1: Tensor,
-           weight2: Tensor, bias2: Tensor) -> Tensor:
+           weight2: Tensor, bias2: Tensor, variant: str) -> Tensor:
     """`residual_mlp` by the Triton kernel."""
     from kernels import triton_mlp
-    return triton_mlp.forward(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    weights = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    return triton_mlp.forward(x, weights, variant)
 
 
 @mlp_op.register_fake
-def fake_forward(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2):
+def fake_forward(x, *others):
     return x.new_empty(x.shape)
 
 
-def triton_path(*tensors: Tensor) -> Tensor:
-    """`residual_mlp` by the Triton kernel."""
-    return mlp_op(*tensors)
-
-
-WAYS = {"triton": triton_path, "PyTorch": torch_path}
+def triton_path(*tensors: Tensor, variant: str) -> Tensor:
+    """`residual_mlp` by the Triton kernel; variant: one of triton_tiles.VARIANTS."""
+    return mlp_op(*tensors, variant)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import choice, switch
+from kernels import choice, switch, triton_tiles
 
 
 def torch_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
@@ -57,12 +57,14 @@ def conv3x3_pixel_shuffle(x: Tensor, weight: Tensor, bias: Tensor | None, r: int
     N, C, H, W = x.shape
     kind = (f"{C} to {len(weight)} channels, r {r}, {'' if bias is None else 'bias, '}"
             f"{switch.NUMBERS[x.dtype]}, 2^{choice.bucket(N * H * W)} pixels")
-    return choice.call("conv3x3_pixel_shuffle", kind, WAYS, (x, weight, bias), dict(r=r))
+    compiled = (triton_tiles.conv_kernel(len(weight)),)
+    ways = triton_tiles.ways(triton_path, compiled, x, "conv") | TORCH_WAYS
+    return choice.call("conv3x3_pixel_shuffle", kind, ways, (x, weight, bias), dict(r=r))
 
 
-def triton_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
-    """`conv3x3_pixel_shuffle` by the Triton kernel."""
-    return conv_shuffle_op(x, weight, bias, r)
+def triton_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int, variant: str) -> Tensor:
+    """`conv3x3_pixel_shuffle` by the Triton kernel; variant: one of triton_tiles.VARIANTS."""
+    return conv_shuffle_op(x, weight, bias, r, variant)
 
 
 def channels_last_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
@@ -71,8 +73,7 @@ def channels_last_path(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -
     return torch_path(x, weight.contiguous(memory_format=torch.channels_last), bias, r)
 
 
-WAYS = {                             # of which the fastest runs
-    "triton": triton_path,
+TORCH_WAYS = {                       # of these and of the Triton kernel the fastest runs
     "cuDNN": torch_path,
     "cuDNN channels-last": channels_last_path,
 }
@@ -97,14 +98,15 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> None:
 # ---- the Triton kernel as a PyTorch operation ---------------------------------------------------
 # torch.compile sees it as one opaque step, whose output shape the "fake" version tells.
 @torch.library.custom_op("drc::conv3x3_pixel_shuffle", mutates_args=())
-def conv_shuffle_op(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
+def conv_shuffle_op(
+        x: Tensor, weight: Tensor, bias: Tensor | None, r: int, variant: str) -> Tensor:
     """`conv3x3_pixel_shuffle` by the Triton kernel."""
     from kernels import triton_pixel_shuffle
-    return triton_pixel_shuffle.forward(x, weight, bias, r)
+    return triton_pixel_shuffle.forward(x, weight, bias, r, variant)
 
 
 @conv_shuffle_op.register_fake
-def fake_forward(x, weight, bias, r):
+def fake_forward(x, weight, bias, r, variant):
     N, _, H, W = x.shape
     shape = (N, len(weight) // r**2, H * r, W * r)
     return torch.empty(
@@ -113,7 +115,7 @@ def fake_forward(x, weight, bias, r):
 
 def remember(ctx, inputs, output) -> None:
     """Keeps what the backward pass needs."""
-    x, weight, bias, r = inputs
+    x, weight, bias, r, _ = inputs
     ctx.r = r
     ctx.bias_shape = None if bias is None else [len(bias)]
     ctx.save_for_backward(x, weight)
@@ -125,12 +127,12 @@ def gradients(ctx, dout: Tensor):
     dout = dout.unflatten(3, (-1, ctx.r)).unflatten(2, (-1, ctx.r))   # (N, O, H, r, W, r)
     dout = dout.permute(0, 2, 4, 1, 3, 5).flatten(3)                  # (N, H, W, O·r²)
     dout = dout.permute(0, 3, 1, 2)                                   # (N, O·r², H, W)
-    for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+    for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
     needed = [for_x, for_weight, for_bias and ctx.bias_shape is not None]
     stride = padding = dilation = [1, 1]
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dout, x, weight, ctx.bias_shape, stride, padding, dilation, False, [0, 0], 1, needed)
-    return dx, dweight, dbias, None
+    return dx, dweight, dbias, None, None
 
 
 conv_shuffle_op.register_autograd(gradients, setup_context=remember)

@@ -32,10 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import switch
 from kernels.attention import padding
 from kernels.heads import cut_groups, head_width, pad_groups
-from kernels.triton_tiles import Tiles, options, target_of, tiles_for
+from kernels.triton_tiles import Tiles, arithmetic, options, tiles_for
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 LOG2E = tl.constexpr(1.4426950408889634)              # log₂ e
@@ -45,6 +44,19 @@ RUN_TIME = ["H", "W", "rows", "columns", "dy", "dx", "windows", "programs"]
 
 
 # ---- parts of kernels ---------------------------------------------------------------------------
+@triton.jit
+def place_in_grid(FIRST_HEAD: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr):
+    """(head, tile, window) of this program: which of HEADS heads, of TILES tiles, of the windows.
+
+    Neighbouring programs take the heads of the same tokens: a head's row in memory is 64 bytes or
+    less, and the heads of a token lie side by side. Where programs share the windows, the last of
+    the three is the first window of this one, and its number among them.
+    """
+    program = tl.program_id(0)
+    head = FIRST_HEAD + program % HEADS
+    return head, program // HEADS % TILES, program // HEADS // TILES
+
+
 @triton.jit
 def place_of(window, rows, columns):
     """(image, row, column) of a window. A division of unsigned numbers is a third shorter."""
@@ -155,20 +167,16 @@ def forward_64_kernel(
         SHIFTED: tl.constexpr,       # whether dy and dx are more than 0
         SAVE: tl.constexpr,          # lse, for the backward pass
         PRECISION: tl.constexpr):    # of float32 products, see triton_tiles.py
-    """A program takes one head and goes from window to window; the bias is loaded once.
-
-    Neighbouring programs take the heads of the same window: a head's row in memory is 64 bytes or
-    less, and the heads of a token lie side by side.
-    """
+    """A program takes one head and goes from window to window; the bias is loaded once."""
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
+    head, _, first = place_in_grid(FIRST_HEAD, HEADS, 1)
     token = tl.arange(0, 64)
     query = token[:, None]
     key = token[None, :]
     bias = bias_tile(table + head, query, key, CHANNELS // HEAD_DIM, WINDOW_H, WINDOW_W)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
-    for window in range(tl.program_id(0) // HEADS, windows, programs):
+    for window in range(first, windows, programs):
         row, inside = locate(window, token, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
         q = load_head(qkv, row, inside, STRIDE, HEAD_DIM)
         k = load_head(qkv + CHANNELS, row, inside, STRIDE, HEAD_DIM)
@@ -217,9 +225,7 @@ def forward_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_M)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_M)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_M)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
     out += head * HEAD_DIM
@@ -300,16 +306,6 @@ def parts_of(maps: tuple[int, int, int], heads: int, window, shift, crossed: boo
     return [upright, turned]
 
 
-def arithmetic(dtype: torch.dtype) -> str:
-    """"bf16" for bfloat16; for float32 "tf32" (TensorFloat-32) or "ieee" (in full).
-
-    Which of the two, PyTorch's own switch says.
-    """
-    if dtype == torch.bfloat16:
-        return "bf16"
-    return "tf32" if switch.allows_tf32("matmul") else "ieee"
-
-
 def readable(x: Tensor, groups: int, head_dim: int) -> Tensor:
     """x (..., groups·d) as the kernels read it: (..., groups·head_dim), contiguous, and at an
     address that 16-byte loads can have. x itself where it is so already.
@@ -346,7 +342,7 @@ def laid_out(table: Tensor, tokens: int) -> Tensor:
 
 def forward(
         qkv: Tensor, bias_table: Tensor, heads: int, window, shift, scale: float, crossed: bool,
-        save: bool) -> tuple[Tensor, Tensor]:
+        variant: str, save: bool) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel of each part; `attention.check` has seen the arguments.
 
     Returns out (B, H, W, A) and lse (parts, windows·heads·n) float32, empty unless `save`.
@@ -355,7 +351,7 @@ def forward(
     d = width // 3 // heads
     head_dim = head_width(d)
     tokens = window[0] * window[1]
-    numbers = arithmetic(qkv.dtype)
+    tiles = tiles_for(f"forward_{tokens}", arithmetic(qkv.dtype, "matmul"), qkv.device, variant)
     parts = parts_of((B, H, W), heads, window, shift, crossed)
     saved = parts[0].windows * parts[0].heads * tokens if save else 0
     lse = qkv.new_empty(len(parts), saved, dtype=torch.float32)
@@ -369,22 +365,19 @@ def forward(
         for i, part in enumerate(parts):
             fixed = part.compile_time(heads, head_dim) | dict(SAVE=save)
             arguments = part.run_time(H, W, scale) | fixed
-            launch(part, numbers, (work, table, out, lse[i]), arguments)
+            launch(part, tiles, (work, table, out, lse[i]), arguments)
     return cut_groups(out, heads, d).to(qkv.dtype), lse
 
 
-def launch_64(part: Part, numbers: str, tensors: tuple, arguments: dict) -> None:
+def launch_64(part: Part, tiles: Tiles, tensors: tuple, arguments: dict) -> None:
     """One launch of `forward_64_kernel`."""
-    device = tensors[0].device
-    tiles = tiles_for("forward_64", numbers, target_of(device))
-    programs = programs_for(part.windows, part.heads, tiles, device)
+    programs = programs_for(part.windows, part.heads, tiles, tensors[0].device)
     grid = (part.heads * programs,)
     forward_64_kernel[grid](
         *tensors, programs=programs, **arguments, **tiles.constants, **options(tiles))
 
 
-def launch_256(part: Part, numbers: str, tensors: tuple, arguments: dict) -> None:
+def launch_256(part: Part, tiles: Tiles, tensors: tuple, arguments: dict) -> None:
     """One launch of `forward_256_kernel`."""
-    tiles = tiles_for("forward_256", numbers, target_of(tensors[0].device))
     grid = (part.heads * (256 // tiles.blocks["BLOCK_M"]) * part.windows,)
     forward_256_kernel[grid](*tensors, **arguments, **tiles.constants, **options(tiles))

@@ -24,6 +24,9 @@ bits. (How many programs share a sum depends on the number of the GPU's multipro
 Of the padding, queries add nothing, since their dout is read as 0. Keys take part: nobody needs
 their dk and dv, but their dS counts in dbias.
 """
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +36,6 @@ from kernels.heads import cut_groups, head_width
 from kernels.triton_attention import (
     RUN_TIME,
     Part,
-    arithmetic,
     bias_tile,
     exp_minus,
     keep_apart,
@@ -41,11 +43,12 @@ from kernels.triton_attention import (
     load_head,
     locate,
     parts_of,
+    place_in_grid,
     programs_for,
     readable,
     store_head,
 )
-from kernels.triton_tiles import options, target_of, tiles_for
+from kernels.triton_tiles import arithmetic, options, tiles_for
 
 ENTRIES = 16                         # of the table, for a program of dtable_kernel: 16 × n numbers
 
@@ -76,8 +79,7 @@ def backward_64_kernel(
         PRECISION: tl.constexpr):
     """A program takes one head and goes from window to window, as in the forward pass."""
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    program = tl.program_id(0) // HEADS
+    head, _, program = place_in_grid(FIRST_HEAD, HEADS, 1)
     token = tl.arange(0, 64)
     query = token[:, None]
     key = token[None, :]
@@ -142,9 +144,7 @@ def queries_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_M)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_M)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_M)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head * HEAD_DIM
     row, inside = locate(window, query, H, W, rows, columns, dy, dx, WINDOW_H, WINDOW_W)
@@ -203,9 +203,7 @@ def keys_256_kernel(
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % (N // BLOCK_N)
-    window = tl.program_id(0) // HEADS // (N // BLOCK_N)
+    head, tile, window = place_in_grid(FIRST_HEAD, HEADS, N // BLOCK_N)
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head * HEAD_DIM
     dqkv += head * HEAD_DIM
@@ -262,9 +260,7 @@ def dbias_256_kernel(
     TABLE: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     TILES: tl.constexpr = (N // BLOCK_M) * (N // BLOCK_N)
     STRIDE: tl.constexpr = 3 * CHANNELS                          # from token to token in qkv
-    head = FIRST_HEAD + tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % TILES
-    program = tl.program_id(0) // (HEADS * TILES)
+    head, tile, program = place_in_grid(FIRST_HEAD, HEADS, TILES)
     query = tile // (N // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head * HEAD_DIM
@@ -309,8 +305,8 @@ def dtable_kernel(
     """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     PITCH: tl.constexpr = 2 * WINDOW_W - 1
-    head = tl.program_id(0) % HEADS
-    entry = tl.program_id(0) // HEADS * ENTRIES + tl.arange(0, ENTRIES)
+    head, _, block = place_in_grid(0, HEADS, 1)
+    entry = block * ENTRIES + tl.arange(0, ENTRIES)
     key = tl.arange(0, N)
     y = (entry // PITCH - (WINDOW_H - 1))[:, None] + (key // WINDOW_W)[None, :]
     x = (entry % PITCH - (WINDOW_W - 1))[:, None] + (key % WINDOW_W)[None, :]
@@ -325,7 +321,7 @@ def dtable_kernel(
 # ---- launches -----------------------------------------------------------------------------------
 def backward(
         qkv: Tensor, bias_table: Tensor, out: Tensor, lse: Tensor, dout: Tensor, heads: int,
-        window, shift, scale: float, crossed: bool) -> tuple[Tensor, Tensor]:
+        window, shift, scale: float, crossed: bool, variant: str) -> tuple[Tensor, Tensor]:
     """Launches the backward kernels of each part; lse (parts, windows·heads·n) from `forward`.
 
     Returns dqkv, shape and dtype as qkv, and dtable, as bias_table.
@@ -336,7 +332,8 @@ def backward(
     d = width // 3 // heads
     head_dim = head_width(d)
     tokens = window[0] * window[1]
-    numbers = arithmetic(qkv.dtype)
+    numbers = arithmetic(qkv.dtype, "matmul")
+    tiles_of = partial(tiles_for, numbers=numbers, device=qkv.device, variant=variant)
     table = laid_out(bias_table, tokens)
     work = readable(qkv, 3 * heads, head_dim)
     out = readable(out, heads, head_dim)
@@ -348,17 +345,17 @@ def backward(
             arguments = part.run_time(H, W, scale) | part.compile_time(heads, head_dim)
             tensors = (work, table, lse[i], dout)
             if tokens == 64:
-                dbias = launch_64(part, numbers, (*tensors, dqkv), arguments)
+                dbias = launch_64(part, tiles_of, (*tensors, dqkv), arguments)
             else:
-                dbias = launch_256(part, numbers, tensors, dqkv, out, arguments)
+                dbias = launch_256(part, tiles_of, tensors, dqkv, out, arguments)
             launch_dtable(part, dbias, dtable)
     return cut_groups(dqkv, 3 * heads, d).to(qkv.dtype), dtable
 
 
-def launch_64(part: Part, numbers: str, tensors: tuple, arguments: dict) -> Tensor:
+def launch_64(part: Part, tiles_of: Callable, tensors: tuple, arguments: dict) -> Tensor:
     """Launches `backward_64_kernel`; tensors are its first five. Returns dbias (heads, 64, 64)."""
     lse = tensors[2]
-    tiles = tiles_for("backward_64", numbers, target_of(lse.device))
+    tiles = tiles_of("backward_64")
     programs = programs_for(part.windows, part.heads, tiles, lse.device)
     dbias_sums = lse.new_empty(programs, part.heads, 64, 64)
     grid = (part.heads * programs,)
@@ -368,25 +365,24 @@ def launch_64(part: Part, numbers: str, tensors: tuple, arguments: dict) -> Tens
 
 
 def launch_256(
-        part: Part, numbers: str, tensors: tuple, dqkv: Tensor, out: Tensor,
+        part: Part, tiles_of: Callable, tensors: tuple, dqkv: Tensor, out: Tensor,
         arguments: dict) -> Tensor:
     """Launches the three kernels for 256 tokens; tensors are the first four of each.
 
     Returns dbias (heads, 256, 256).
     """
     lse = tensors[2]
-    target = target_of(lse.device)
     delta = torch.empty_like(lse)
-    tiles = tiles_for("queries_256", numbers, target)
+    tiles = tiles_of("queries_256")
     grid = (part.heads * (256 // tiles.blocks["BLOCK_M"]) * part.windows,)
     queries_256_kernel[grid](
         *tensors, dqkv, out, delta, **arguments, **tiles.constants, **options(tiles))
 
-    tiles = tiles_for("keys_256", numbers, target)
+    tiles = tiles_of("keys_256")
     grid = (part.heads * (256 // tiles.blocks["BLOCK_N"]) * part.windows,)
     keys_256_kernel[grid](*tensors, dqkv, delta, **arguments, **tiles.constants, **options(tiles))
 
-    tiles = tiles_for("dbias_256", numbers, target)
+    tiles = tiles_of("dbias_256")
     blocks = (256 // tiles.blocks["BLOCK_M"]) * (256 // tiles.blocks["BLOCK_N"])
     programs = programs_for(part.windows, part.heads * blocks, tiles, lse.device)
     dbias_sums = lse.new_empty(programs, part.heads, 256, 256)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.mlp import EPS
+from kernels.triton_tiles import Tiles, options, tiles_for
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 
@@ -68,29 +69,18 @@ def mlp_kernel(
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=exists)
 
 
-# ---- tile sizes ---------------------------------------------------------------------------------
-# 64 tokens and 256 channels are 64 numbers of acc a thread on 8 warps: no register spills, on no
-# GPU since Ampere. 32 hidden channels a step: y and two steps of both weights take about 98 KB of
-# shared memory on Hopper and Blackwell's sm_100, 70 KB elsewhere, of 99 KiB that the smallest GPUs
-# give. 64 hidden channels spill, and so do 128 tokens, and so would float32.
-BLOCK_M = 64
-BLOCK_N = 32
-OPTIONS = dict(num_warps=8, num_stages=2, enable_fp_fusion=True)
-
-
-def compile_time(C: int, hidden: int) -> dict:
+# ---- launch -------------------------------------------------------------------------------------
+def compile_time(C: int, hidden: int, tiles: Tiles) -> dict:
     """What the kernel is compiled for."""
     return dict(
         C=C,
         HIDDEN=hidden,
         EPS=EPS,
-        BLOCK_M=BLOCK_M,
         BLOCK_C=max(16, triton.next_power_of_2(C)),
-        BLOCK_N=BLOCK_N)
+        **tiles.blocks)
 
 
-# ---- launch -------------------------------------------------------------------------------------
-def forward(x: Tensor, *weights: Tensor) -> Tensor:
+def forward(x: Tensor, weights: tuple[Tensor, ...], variant: str) -> Tensor:
     """Launches the kernel; `mlp.check` has seen the arguments, in the order of `residual_mlp`."""
     C = x.shape[-1]
     dtype = x.dtype
@@ -100,8 +90,9 @@ def forward(x: Tensor, *weights: Tensor) -> Tensor:
     out = torch.empty_like(tensors[0])
     tokens = out.numel() // C
     if tokens:
-        fixed = compile_time(C, len(weights[2]))
+        tiles = tiles_for("mlp", "bf16", x.device, variant)
+        fixed = compile_time(C, len(weights[2]), tiles)
         with torch.cuda.device_of(x):
-            mlp_kernel[(triton.cdiv(tokens, BLOCK_M),)](
-                *tensors, out, tokens, **fixed, **OPTIONS)
+            mlp_kernel[(triton.cdiv(tokens, fixed["BLOCK_M"]),)](
+                *tensors, out, tokens, **fixed, **options(tiles))
     return out.to(dtype)

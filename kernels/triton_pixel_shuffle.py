@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import switch
-from kernels.triton_tiles import conv_tiles, options, target_of
+from kernels.triton_tiles import arithmetic, conv_kernel, options, shallow, tiles_for
 
 INTERPRETED = triton.knobs.runtime.interpret          # on the CPU, in Python: for the tests
 
@@ -93,23 +92,13 @@ def compile_time(C: int, outputs: int, r: int, bias: bool) -> dict:
     return dict(C=C, OUT=outputs, R=r, BIAS=bias)
 
 
-def arithmetic(dtype: torch.dtype) -> str:
-    """"bf16" for bfloat16; for float32 "tf32" (TensorFloat-32) or "ieee" (in full).
-
-    Which of the two, PyTorch's own switch for convolutions says.
-    """
-    if dtype == torch.bfloat16:
-        return "bf16"
-    return "tf32" if switch.allows_tf32("conv") else "ieee"
-
-
 def readable(x: Tensor) -> Tensor:
     """x in channels-last memory, at an address that 16-byte loads can have."""
     x = x.contiguous(memory_format=torch.channels_last)
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int, variant: str) -> Tensor:
     """Launches the kernel; `pixel_shuffle.check` has seen the arguments.
 
     x: (N, C, H, W), weight: (O·r², C, 3, 3), bias: (O·r²) or None, in any memory layout.
@@ -131,7 +120,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, r: int) -> Tensor:
         memory_format=torch.channels_last)
     if out.numel() == 0:
         return out.to(dtype)
-    tiles = conv_tiles(C, columns, arithmetic(dtype), target_of(x.device))
+    numbers = arithmetic(dtype, "conv")
+    tiles = shallow(tiles_for(conv_kernel(columns), numbers, x.device, variant), C)
     constants = compile_time(C, outputs, r, bias is not None) | tiles.constants
     bias = weight if bias is None else bias.contiguous()         # some pointer there must be
     pixel_tiles = triton.cdiv(N * H * W, tiles.blocks["BLOCK_M"])

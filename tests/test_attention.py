@@ -261,8 +261,8 @@ def test_numbers_of_16_bits_are_rounded_where_bfloat16_is(shape, triton, coarse)
     expected = exact_attention(qkv, table, dout, settings)
     qkv, dout = qkv.half(), dout.half()
     fixed = [settings[name] for name in ("heads", "window", "shift", "scale", "crossed")]
-    out, lse = triton_attention.forward(qkv, table, *fixed, True)
-    dqkv, dtable = triton_attention_backward.backward(qkv, table, out, lse, dout, *fixed)
+    out, lse = triton_attention.forward(qkv, table, *fixed, "", True)
+    dqkv, dtable = triton_attention_backward.backward(qkv, table, out, lse, dout, *fixed, "")
     assert out.dtype == dqkv.dtype == torch.float16
     for output, found in dict(out=out, dqkv=dqkv, dtable=dtable).items():
         error = (found.double() - expected[output]).norm() / expected[output].norm()
@@ -392,7 +392,7 @@ def test_inference_saves_nothing_and_training_gives_the_same(shape, triton, coar
 def test_the_operations_obey_the_rules_of_pytorch(shape, triton):
     qkv, table, dout, settings = attention_case(*shape)
     fixed = (settings["heads"], list(settings["window"]), list(settings["shift"]),
-             settings["scale"], settings["crossed"])
+             settings["scale"], settings["crossed"], "")
     out, lse = attention.window_attention_op(qkv, table, *fixed, True)
     inputs = (qkv, table, out, lse, dout, *fixed)
     torch.library.opcheck(attention.window_attention_backward_op, inputs)

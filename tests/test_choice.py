@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels
+import parallel
 from kernels import choice, switch
 from triton_path import (
     DEVICE,
@@ -22,6 +23,7 @@ from triton_path import (
     triton_pixel_shuffle,
 )
 
+LARGE = "triton large tiles"                 # a variant of the kernels, invented here
 pytestmark = needs_triton                     # without it nothing is chosen
 
 
@@ -83,6 +85,12 @@ def call(ways, kind="small", x=None):
     (dict(triton=3.0, eager=ValueError("no"), fused=2.0), "fused"),
     (dict(triton=9.0, eager=ValueError("no"), fused=torch.OutOfMemoryError("full")), "triton"),
     (dict(triton=torch.OutOfMemoryError("full"), eager=5.0, fused=7.0), "eager"),
+    ({"triton": 2.0, LARGE: 1.0, "eager": 1.5}, LARGE),          # a variant of the kernels
+    ({"triton": 1.0, LARGE: 1.01, "eager": 1.5}, "triton"),
+    ({"triton": 2.0, LARGE: 1.0, "eager": 1.02}, "eager"),       # not 3 % faster, it neither
+    ({"triton": 1.0, LARGE: RuntimeError("no"), "eager": 1.5}, "triton"),
+    ({"triton": RuntimeError("no"), LARGE: 1.0, "eager": 1.5}, LARGE),
+    ({"triton": RuntimeError("no"), LARGE: RuntimeError("no"), "eager": 9.0}, "eager"),
 ])
 def test_the_fastest_is_kept_and_said_in_one_line(seconds, best, timed, capsys):
     ways = timed(**seconds)
@@ -155,6 +163,33 @@ def test_where_triton_failed_it_is_tried_and_said_again_by_the_next_process(time
         forget()
 
 
+def test_where_one_variant_failed_the_choice_of_another_is_kept(timed, capsys):
+    ways = timed(**{"triton": RuntimeError("no"), LARGE: 1.0, "eager": 2.0})
+    call(ways)
+    assert "triton failed (RuntimeError: no)" in capsys.readouterr().err
+    forget()
+    timed.calls.clear()
+    call(ways)
+    assert timed.calls == [LARGE]
+
+
+def test_kernels_that_were_asked_for_are_the_first_variant_without_timing(timed, monkeypatch):
+    monkeypatch.setattr(switch, "IMPL", "triton")
+    call(timed(**{"triton": 2.0, LARGE: 1.0, "eager": 3.0}))
+    assert timed.calls == ["triton"] and choice.chosen == {}
+
+
+def test_a_variant_that_fails_after_it_was_chosen_leaves_the_operation_to_pytorch(timed, capsys):
+    """Not to another variant: what is wrong with one may be wrong with all."""
+    call(timed(**{"triton": 2.0, LARGE: 1.0, "eager": 3.0}))
+    timed.calls.clear()
+    broken = timed(**{"triton": 2.0, LARGE: RuntimeError("no"), "eager": 3.0})
+    call(broken)
+    call(broken)
+    assert timed.calls == [LARGE, "eager", "eager"]
+    assert capsys.readouterr().err.count("PyTorch takes over doubling, Triton failed") == 1
+
+
 # ---- where it is kept ---------------------------------------------------------------------------
 def test_the_next_process_finds_the_choice_in_the_cache_folder(timed, capsys):
     ways = timed(triton=1.0, eager=2.0)
@@ -187,16 +222,13 @@ def test_the_key_holds_what_the_time_depends_on(monkeypatch):
     assert len(known) == 6
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"way": "triton"}', None])
+@pytest.mark.parametrize("content", [b"", b"{", b"numpy", b"\xff\xfe\xfd"])
 def test_a_damaged_or_foreign_entry_of_the_cache_is_timed_anew(content, timed, tmp_path):
     ways = timed(triton=1.0, eager=2.0)
     call(ways)
-    file, = (tmp_path / "cache").rglob("choice.json")
-    entry = json.loads(file.read_text())
-    assert entry["way"] == "triton"
-    if content is None:                                          # a way that is no more
-        content = json.dumps(dict(entry, way="numpy"))
-    file.write_text(content)
+    file, = (tmp_path / "cache").rglob("choice.txt")
+    assert file.read_text() == "triton"
+    file.write_bytes(content)
     forget()
     timed.calls.clear()
     call(ways)
@@ -226,9 +258,21 @@ def test_a_run_that_continues_keeps_its_choices(timed, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["kernels.json"]
 
 
-def test_a_damaged_file_of_a_run_is_named(tmp_path):
+def test_a_way_of_a_run_that_is_no_more_is_timed_anew(timed, tmp_path):
     file = tmp_path / "kernels.json"
-    file.write_text("[1]")
+    kernels.remember_in(file)
+    call(timed(**{"triton": 2.0, LARGE: 1.0, "eager": 3.0}))
+    forget()
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path / "another")
+    kernels.remember_in(file)
+    call(timed(triton=2.0, eager=3.0))
+    assert list(json.loads(file.read_text()).values()) == ["triton"]
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"conv": 1}', "{", ""])
+def test_a_damaged_file_of_a_run_is_named(content, tmp_path):
+    file = tmp_path / "kernels.json"
+    file.write_text(content)
     with pytest.raises(ValueError, match="kernels.json is damaged: delete it"):
         kernels.remember_in(file)
 
@@ -279,15 +323,14 @@ def test_torch_compile_asks_the_memory_and_keeps_one_graph(timed):
 def processes(monkeypatch):
     """processes(rank): as one of several; what is broadcast lies in `processes.sent`."""
     def pretend(rank):
-        def broadcast(box):
-            if rank == 0:
-                pretend.sent.append(box[0])
-            else:
-                box[0] = pretend.sent.pop()
+        def from_main(make):
+            if rank != 0:
+                return pretend.sent.pop()
+            pretend.sent.append(make())
+            return pretend.sent[-1]
 
-        monkeypatch.setattr(choice.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(choice.dist, "get_rank", lambda: rank)
-        monkeypatch.setattr(choice.dist, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(parallel, "is_main", lambda: rank == 0)
+        monkeypatch.setattr(parallel, "from_main", from_main)
 
     pretend.sent = []
     return pretend
@@ -343,11 +386,13 @@ def test_operations_are_timed_at_first_use(interpreter, capsys):
     assert "for window_attention 1 heads of 4, window 8x8, shifted, fp32, 2^6 tokens, training" in (
         first)
     assert "for conv3x3_pixel_shuffle 3 to 8 channels, r 2, fp32, 2^5 pixels, inference" in second
-    for line, names in (first, ("triton", "eager", "fused")), (second, ("triton", "cuDNN")):
+    of_attention = ("triton", "triton more warps", "eager", "fused")
+    of_convolution = ("triton", "cuDNN", "cuDNN channels-last")
+    for line, names in (first, of_attention), (second, of_convolution):
         assert "failed" not in line and all(f"{name} " in line for name in names)
 
 
-@pytest.mark.parametrize("way", ["triton", "eager", "fused"])
+@pytest.mark.parametrize("way", ["triton", "triton more warps", "eager", "fused"])
 def test_every_way_computes_the_same(way, interpreter, monkeypatch):
     monkeypatch.setattr(choice, "time_all", lambda *_: way)
     case = small_attention()

@@ -19,8 +19,9 @@ KERNELS = (
     "forward_64_ieee",
     "dtable_8x8",
     "conv_bf16_64to256",
-    "mlp_bf16_180",
+    "mlp_bf16",
 )
+VARIANTS = ("_more_warps", "_long_steps", "_small_tiles", "_short_steps")
 
 
 def run_compile(*arguments: str, **environment) -> subprocess.CompletedProcess:
@@ -67,7 +68,9 @@ def test_every_kind_of_kernel_is_compiled_for_each_target(table):
     for target in TARGETS:
         names = [name for number, name in table if number == int(target)]
         assert {"_".join(name.split("_")[:2]) for name in names} == kinds
-        assert len(names) == 10
+        assert len([name for name in names if not name.endswith(VARIANTS)]) == 11
+        found = [len([name for name in names if name.endswith(variant)]) for variant in VARIANTS]
+        assert found == [7 if target == "90" else 6, 3, 3, 1]
 
 
 @needs_compiler

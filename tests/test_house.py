@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "replay": set(),
     "prune": {"search", "replay", "widths", "narrow", "pairs"},
     # the networks
-    "kernels": set(),
+    "kernels": {"parallel"},
     "backbones": {"kernels"},
     "narrow": {"backbones"},
     "pairs": {"backbones", "narrow"},

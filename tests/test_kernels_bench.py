@@ -99,6 +99,45 @@ def test_the_memory_traffic_told_at_the_head_of_attention_is_counted():
     assert round(184 * 320 * 1260 * 2 / 1e6) == 148
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes longer")
+@pytest.mark.parametrize("cases, rows_of, name, ours, inputs, moved", [
+    ("MLP", "mlp_rows", "mlp 60->120 16x64x64", "residual_mlp",
+     [(1, 64, 64, 60), (60,), (60,), (120, 60), (120,), (60, 120), (60,)],
+     64 * 64 * (60 + 60)),
+    ("CONVOLUTION", "convolution_rows", "conv 60->48 r4 320x180", "conv3x3_pixel_shuffle",
+     [(1, 60, 180, 320), (48, 60, 3, 3), (48,)],
+     320 * 180 * (60 + 48)),
+])
+def test_an_operation_is_timed_in_every_way(
+        cases, rows_of, name, ours, inputs, moved, monkeypatch):
+    """Ours first, and PyTorch's own, both on what a network would give them; moved: numbers that
+    are read or written, of four bytes here.
+    """
+    def ways_of(mine, plain):
+        assert mine is getattr(kernels, ours)
+
+        def watch(*arguments):
+            seen.append([tuple(x.shape) for x in arguments if isinstance(x, torch.Tensor)])
+            return plain(*arguments)
+
+        return dict(triton=watch, eager=plain)
+
+    class Rows(bench_kernels.Rows):
+        def __init__(self, case, timer, repeat, moved, floor):
+            super().__init__(case, timer, repeat, moved, floor)
+            seen.append(moved)
+
+    seen = []
+    monkeypatch.setattr(bench_kernels, "Rows", Rows)
+    monkeypatch.setattr(bench_kernels, "keep", lambda row: None)
+    monkeypatch.setattr(bench_kernels, "ways_of", ways_of)
+    case = getattr(bench_kernels, cases)[name]
+    rows = getattr(bench_kernels, rows_of)(name, case, 1)
+    assert [row["way"] for row in rows] == ["triton", "eager"]
+    assert all(row["case"] == name and row["seconds"] > 0 for row in rows)
+    assert seen[:2] == [4 * moved, inputs]
+
+
 def test_the_way_of_a_network_can_be_set_and_set_back(monkeypatch):
     ours = kernels.window_attention
     monkeypatch.setattr(kernels.switch, "IMPL", kernels.switch.IMPL)

@@ -14,6 +14,7 @@ from kernels import attention, choice, switch
 from triton_path import chosen_triton, needs_triton
 
 CASES = {"swinir 16x64x64": bench_kernels.Attention(1, 8, 8, 1, 4, (8, 8), (4, 4), False)}
+MLPS = {"mlp 180->360 16x64x64": (1, 8, 8, 16, 24)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes minutes")
@@ -39,11 +40,19 @@ def small(monkeypatch, tmp_path):
     def ways(ready):
         return dict(triton=kernels.window_attention, eager=attention.torch_path)
 
-    def rows_of_attention(name, case, repeat):
-        monkeypatch.setattr(switch, "IMPL", "fastest")
-        return original(name, case, repeat)
+    def ways_of(ours, plain):
+        def in_bfloat16(*tensors):
+            return ours(*(t.bfloat16() for t in tensors))        # the kernel takes nothing else
 
-    original = bench_kernels.attention_rows
+        return dict(triton=in_bfloat16, eager=plain)
+
+    def timed_at_first_use(rows):
+        def rows_of(name, case, repeat):
+            monkeypatch.setattr(switch, "IMPL", "fastest")
+            return rows(name, case, repeat)
+
+        return rows_of
+
     for name in ("chosen", "failed"):
         monkeypatch.setattr(choice, name, {})
     monkeypatch.setattr(choice, "ROUNDS", 1)
@@ -52,11 +61,16 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "GPU", True)
     (tmp_path / "test_good.py").write_text("def test_right():\n    assert True\n")
     monkeypatch.setattr(report, "TESTS", [str(tmp_path / "test_good.py")])
-    monkeypatch.setattr(report, "STEPS", [("small", ["--only", "swinir"], 60)])
+    steps = [("small", ["--only", "swinir"], 60), ("MLPs", ["--only", "mlp"], 60)]
+    monkeypatch.setattr(report, "STEPS", steps)
     monkeypatch.setattr(report, "measure", measure)
     monkeypatch.setattr(bench_kernels, "ATTENTION", CASES)
     monkeypatch.setattr(bench_kernels, "ways_of_attention", ways)
-    monkeypatch.setattr(bench_kernels, "attention_rows", rows_of_attention)
+    monkeypatch.setattr(bench_kernels, "MLP", MLPS)
+    monkeypatch.setattr(bench_kernels, "ways_of", ways_of)
+    for name in ("attention_rows", "mlp_rows"):
+        rows = getattr(bench_kernels, name)
+        monkeypatch.setattr(bench_kernels, name, timed_at_first_use(rows))
     with chosen_triton():
         yield
 
@@ -73,7 +87,12 @@ def test_the_report_holds_the_tests_the_times_and_the_choices(small, tmp_path, c
     assert header == "| attention, µs | triton | eager | % of floor | memory |"
     row, = [line for line in lines if line.startswith("| swinir 16x64x64 forward |")]
     assert all(float(cell) > 0 for cell in row.split(" | ")[1:3])
+    assert "| norm, MLP and sum, µs | triton | eager | % of floor | memory |" in lines
+    row, = [line for line in lines if line.startswith("| mlp 180->360 16x64x64 |")]
+    assert all(float(cell) > 0 for cell in row.split(" | ")[1:3])
+    assert not any("whole networks" in line for line in lines)
     assert "| class of inputs | fastest |" in lines
+    assert any(line.startswith("| residual_mlp 16 channels, 24 hidden, bf16") for line in lines)
     assert any(line.startswith("| window_attention 1 heads of 4") for line in lines)
     assert "small, at most" in capsys.readouterr().out
 

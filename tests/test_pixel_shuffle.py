@@ -118,7 +118,7 @@ def test_kernel_rounds_numbers_of_16_bits(triton):
     """float16 is refused by the operation, but the interpreter can do it, unlike bfloat16."""
     case = random_case(1, 20, 3, 5, 3, 2, True)
     expected = pixel_shuffle.torch_path(*case.inputs, 2).double()
-    out = triton_pixel_shuffle.forward(*(tensor.half() for tensor in case.inputs), 2)
+    out = triton_pixel_shuffle.forward(*(tensor.half() for tensor in case.inputs), 2, "")
     assert out.dtype == torch.float16
     assert 1e-5 < (out - expected).norm() / expected.norm() < 1e-3
 
@@ -154,7 +154,7 @@ def test_the_operation_obeys_the_rules_of_pytorch(has_bias, triton):
     for tensor in inputs:
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(pixel_shuffle.conv_shuffle_op, (*inputs, 2))
+    torch.library.opcheck(pixel_shuffle.conv_shuffle_op, (*inputs, 2, ""))
 
 
 @needs_triton
