@@ -125,8 +125,8 @@ def add_training(add: Callable) -> None:
 def add_compression(add: Callable) -> None:
     """Search, selection, fine-tuning."""
     add("--search-steps", type=natural, metavar="N", help="steps of the channel number search")
-    add("--first-order", action="store_const", const=True,
-        help="search without the second-order term: 3 passes, not 5")
+    add("--first-order", action=argparse.BooleanOptionalAction,
+        help="search without the second-order term, 3 passes and not 5: the default but in paper")
     add("--round", type=int, choices=(4, 8, 16),
         help="widths are multiples of this (default 4; 8 suits GPUs, 16 DRN on AVX-512)")
     add("--tune-steps", type=natural, metavar="N", help="fine-tuning steps")
@@ -195,7 +195,7 @@ def settle(args: argparse.Namespace) -> Settings:
     except ValueError as error:
         raise WrongUsage(f"--scale: {error}") from error
     settings = fitted(settings, args.patch, args.batch)
-    if settings.widths == "uniform" and (args.search_steps or args.first_order):
+    if settings.widths == "uniform" and (args.search_steps or args.first_order is not None):
         raise WrongUsage("--search-steps and --first-order belong to --widths searched")
     if args.unpaired_share and not args.unpaired:
         raise WrongUsage("--unpaired-share belongs to --unpaired DIR")

@@ -51,9 +51,10 @@ SIZES = {
 }
 
 # Widths are multiples of 2, not 4: of 8 channels, 30 % off would always be 4. The budget lies in
-# the middle of what the search's candidates cost.
+# the middle of what the search's candidates cost. Duals and search begin as the paper's do.
 SHARED = dict(round=2, patch=48, batch=4, search_patch=48, search_batch=2, epoch=10,
-              select_patch=48, select_batch=4, per_round=4, reuse=True)
+              select_patch=48, select_batch=4, per_round=4, reuse=True,
+              dual_start="random", first_order=False)
 FULL = dict(steps=600, search_steps=100, tune_steps=200, select_batches=2)
 QUICK = dict(pictures=8, side=192, steps=60, search_steps=10, tune_steps=20, select_batches=1)
 NETWORKS = {

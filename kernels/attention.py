@@ -226,17 +226,15 @@ def attend_shifted(x: Tensor, bias: Tensor, h: int, w: int, dy: int, dx: int, sc
     return torch.cat([upper, lower], 1).roll((dy, dx), (1, 2))
 
 
-# Added to the scores of tokens that must not see each other. The papers' −100 leaves weights of
-# e^−100, numbers so small ("denormal") that a CPU takes many times as long for each. These are 0.
-APART = -10_000.0
+APART = -10_000.0        # the papers' −100 leaves "denormal" weights, each of them slow on a CPU
 
 
 @switch.constant
 def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The (n, n) masks, 0 or APART, of a window in the last row and of one in the last column.
 
-    The last dy rows of the one and the last dx columns of the other come from the other end of the
-    map. In the corner two tokens are apart if either mask says so.
+    The last dy rows of the one and dx columns of the other come from the other end of the map. In
+    the corner two tokens are apart if either mask says so.
     """
     place = torch.arange(h * w, device=device)
     y = place // w >= h - dy

@@ -118,6 +118,7 @@ def test_a_network_without_settings_is_told_which_line_to_add(monkeypatch, capsy
     ("--steps 7 --rate 0.5", dict(steps=7, rate=0.5, continue_training=True)),
     ("--search-steps 3 --tune-steps 4", dict(search_steps=3, tune_steps=4)),
     ("--first-order --round 8 --seed 5", dict(first_order=True, round=8, seed=5)),
+    ("--no-first-order", dict(first_order=False)),
     ("--dual-weight 0", dict(dual_weight=0)),
     ("--prune 0.3 --widths uniform", dict(prune=0.3, widths="uniform")),
     ("--prune 0.25 --pictures 9", dict(prune=0.25, pictures=9)),
