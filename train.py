@@ -4,9 +4,9 @@
 
                 PSNR-Y    SSIM  parameters  MAdds 720p  MAdds 96x96  fewer  s 96x96  faster
     bicubic     30.276  0.8065           -           -            -      -        -       -
-    dense       31.184  0.8255   4,804,065     687.0 G     109.92 G   1.00    0.472    1.00
-    cut         31.027  0.8213   2,765,917     419.8 G      67.17 G   1.64    0.340    1.39
-    pruned      31.268  0.8262   2,765,917     419.8 G      67.17 G   1.64    0.340    1.39
+    dense       31.200  0.8252   4,804,065     687.0 G     109.92 G   1.00    0.795    1.00
+    cut         30.995  0.8205   2,761,305     417.9 G      66.87 G   1.64    0.632    1.30
+    pruned      31.276  0.8260   2,761,305     417.9 G      66.87 G   1.64    0.632    1.30
 
 The stages of DRC (arXiv 2207.07929), in the order of this file: 1 data, 2 primal and dual training,
 3 search (how many channels each layer keeps), 4 select and cut (which ones), 5 fine-tuning with

@@ -88,7 +88,8 @@ class Recipe(NamedTuple):
         return "; ".join(parts) or "reference"
 
 
-MADDS = ("budget", ("madds", 0.6))
+MADDS = ("budget", "madds")          # a part of them that lies in the middle of the candidates:
+PARTS = {"drn_small": 0.6, "swinir_small": 0.725}
 
 
 def equal_madds() -> dict[str, Recipe]:
@@ -177,7 +178,10 @@ def dense(lab: Lab, changes: tuple = ()) -> tuple[Run, dict]:
 
 def numbers(lab: Lab, recipe: Recipe, network: dict) -> dict[str, int]:
     """{pair: channels} for the budget, by the rule `recipe.widths`."""
-    settings = replace(lab.settings, **dict(recipe.search))
+    changes = dict(recipe.search)
+    if MADDS in recipe.search:
+        changes["budget"] = ("madds", PARTS[lab.settings.arch])
+    settings = replace(lab.settings, **changes)
     if recipe.widths in ("searched", "uniform"):
         settings = replace(settings, widths=recipe.widths)
         run = Run(lab.folder / Recipe(recipe.widths, search=recipe.search).folder() / "widths",
