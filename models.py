@@ -87,10 +87,7 @@ def add_stored(state: dict, file: str | Path) -> tuple[str, int, str]:
     if "network" not in state:
         raise ValueError(f"{file} holds {state['arch']} and no network of your own: leave "
                          f"--network out")
-    try:
-        model = from_checkpoint(state)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    model = from_file(state, file)
     PRESETS[model.arch] = (own.build, {model.scale: dict(source=model.source)})
     return model.arch, model.scale, own.told(model.pairs())
 
@@ -172,6 +169,14 @@ def from_checkpoint(state: dict) -> Backbone:
     return model
 
 
+def from_file(state: dict, file: str | Path) -> Backbone:
+    """`from_checkpoint` of what a file holds, which its errors name."""
+    try:
+        return from_checkpoint(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def load(path: str | Path, arch: str | None = None, scale: int | None = None,
          channels: str | Path | None = None, given: own.Given | None = None) -> Backbone:
     """The network in a file; see `load_networks`."""
@@ -204,10 +209,7 @@ def load_networks(path: str | Path, arch: str | None = None, scale: int | None =
             arch, found, _ = add_own(given, path)
             scale = scale or found
     if is_checkpoint(state):
-        try:
-            model = from_checkpoint(state)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        model = from_file(state, path)
         check_given(name, model.arch, model.scale, arch, scale, channels)
         return model, state["duals"] or None
     if arch is None:

@@ -77,9 +77,9 @@ def given(args: argparse.Namespace) -> Given | None:
 def open_file(network: str) -> Opened:
     """Runs FILE.py of FILE.py:CLASS and takes CLASS (or a function that makes the network) from it.
 
-    The file may import its neighbours; names of this project go before theirs. It is run once,
-    unless it changes. WrongUsage: no such
-    file or class. ValueError: the file itself fails; its traceback is shown.
+    It is run once, unless it changes. It may import its neighbours; names of this project go before
+    theirs. WrongUsage: no such file or class. ValueError: the file itself fails; its traceback is
+    shown.
     """
     path, _, name = network.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():

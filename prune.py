@@ -65,7 +65,7 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
 
     calibration  batches, the same in every pass (the release draws new ones)
     rate         of the SGD that tunes the selected weights (release: DRN 5e-5, SwinIR 1e-4); where
-                 a layer would diverge at it, `stable_rate` (ours)
+                 a layer would diverge at it, 1 / `curvature` (ours)
     per_round    channels taken per scoring; 1 is the paper
     reuse        score with the gradients of the last tuning pass; False is the paper
     replay       do not run finished blocks again: the same numbers to the last bit, see replay.py
@@ -89,9 +89,11 @@ def select(model: nn.Module, calibration: list, loss_fn: Callable, widths: dict[
         for pair in pairs:
             if pair.name in kept:
                 continue
-            losses = [loss_of(case, model, original, pair, loss_fn, replay) for case in cases]
+            with collecting(original, pair, curvature) as found:
+                losses = [loss_of(case, model, original, pair, loss_fn, replay) for case in cases]
+            [largest] = reduce([torch.stack(found[:len(pair.consumers)]).max()])   # first batch
+            stable = 1 / max(largest.item(), 1e-30)
             n = widths[pair.name] // pair.heads
-            stable = stable_rate(original, pair, cases[0], reduce)
             kept[pair.name], rounds = select_pair(model, pair, n, losses, min(rate, stable),
                                                   per_round, reuse, reduce)
             silence(model, pair, kept[pair.name])
@@ -134,32 +136,19 @@ def features(network: nn.Module, pair, batch, stored: dict) -> list[Tensor]:
     return found
 
 
-def stable_rate(network: nn.Module, pair, case: Case, reduce: Callable) -> float:
-    """A rate of SGD at which the distance of the pair's features cannot grow without end.
+def curvature(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A bound for how steeply the distance of a consumer's features is curved in its weights.
 
-    An output of a consumer is f = Σ w·x over the inputs x that it sees at a pixel. So its share of
-    the MSE is a parabola in w, along every direction curved by at most 2/outputs · mean Σ x², and
-    SGD with the momentum below converges up to a rate of 1.36 / curvature. The result is 1 / that
-    bound. It matters where a layer's inputs are large: at the end of a network for 0..255.
+    An output is f = Σ w·x over the inputs x that the consumer sees at a pixel. So its share of the
+    MSE is a parabola in w, along every direction curved by at most 2/outputs · mean Σ x². SGD with
+    the momentum below converges up to a rate of 1.36 / curvature, and grows without end beyond. It
+    matters where a layer's inputs are large: at the end of a network for 0..255.
     """
-    inputs = {}
-
-    def keep(module, given):
-        inputs[module] = given[0]
-
-    hooks = [network.get_submodule(layer).register_forward_pre_hook(keep)
-             for layer, _ in pair.consumers]
-    features(network, pair, case.batch, case.stored_original)
-    for hook in hooks:
-        hook.remove()
-    curvatures = []
-    for module, x in inputs.items():
-        outputs, channels = module.weight.shape[:2]
-        taps = module.weight[0, 0].numel()                   # of a convolution 3×3 they are 9
-        vectors = x.numel() / channels                       # pixels of all images, or tokens
-        curvatures.append(2 / outputs * taps * x.float().square().sum() / vectors)
-    [curvature] = reduce([torch.stack(curvatures).max()])
-    return 1 / max(curvature.item(), 1e-30)
+    [x] = inputs
+    outputs, channels = module.weight.shape[:2]
+    taps = module.weight[0, 0].numel()                       # of a convolution 3×3 they are 9
+    vectors = x.numel() / channels                           # pixels of all images, or tokens
+    return 2 / outputs * taps * x.float().square().sum() / vectors
 
 
 def pair_loss(model: nn.Module, pair, batch, stored: list[tuple], targets: list[Tensor],

@@ -11,6 +11,7 @@ What this asks of a network is the first of the traps in backbones/base.py. Ever
 passes (prune.py, to be read first).
 """
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 
@@ -63,12 +64,15 @@ def ahead_of(network: nn.Module, pair, batch, stored: dict) -> dict:
 
 
 @contextmanager
-def collecting(network: nn.Module, pair):
-    """A list that collects what the pair's consumers put out while the block runs."""
+def collecting(network: nn.Module, pair, note: Callable | None = None):
+    """A list that collects what the pair's consumers put out while the block runs.
+
+    note: (module, inputs, output) -> what is collected in place of the output.
+    """
     found = []
 
     def collect(module, inputs, output):
-        found.append(output)
+        found.append(note(module, inputs, output) if note else output)
 
     hooks = [network.get_submodule(layer).register_forward_hook(collect)
              for layer, _ in pair.consumers]

@@ -328,13 +328,10 @@ def networks_of(folder: Path) -> dict[str, dict]:
 def network_of(file: Path) -> dict:
     """The checkpoint in a file; ValueError where it is not one of ours."""
     state = read_checkpoint(file)
-    if not state.keys() >= {"arch", "scale", "widths", "model"}:
+    if not models.is_checkpoint(state):
         raise ValueError(f"{file} does not say what network it is: python evaluate.py --weights "
                          f"{file} --arch ARCH measures it")
-    try:
-        models.from_checkpoint(state)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    models.from_file(state, file)
     return state
 
 

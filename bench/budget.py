@@ -15,7 +15,6 @@ in place of the time that passes.
 """
 import argparse
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import evaluate
 import latency
 import models
 import prune
+from bench.latency import add_busy, heed_busy
 from run import command, number, usable_device
 
 
@@ -49,11 +49,9 @@ def main() -> None:
     add("--round", type=int, choices=(4, 8, 16), default=4, help="multiples of widths (default 4)")
     add("--seeds", type=number(int, 1), default=3, help="random choices (default 3)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--busy", action="store_true", help="count the time of this process alone, one thread")
+    add_busy(add)
     args = parser.parse_args()
-    if args.busy:
-        torch.set_num_threads(1)
-        latency.clock = time.process_time
+    heed_busy(args)
     torch.manual_seed(0)
     model = models.build(args.arch).to(args.device).eval()
     ratio = prune.budget_ratio(args.part)

@@ -13,7 +13,6 @@ one thread, and the processor's time of this process in place of the time that p
 """
 import argparse
 import copy
-import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,6 +27,7 @@ import latency
 import models
 from backbones.drn import RCAB
 from bench.baselines import authors_attention
+from bench.latency import add_busy, heed_busy
 from run import command, need
 from upscale import cpu_has_bf16
 
@@ -106,14 +106,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--openvino", metavar="FILE.onnx",
                         help="time this export of the same network by OpenVINO, too")
-    parser.add_argument("--busy", action="store_true",
-                        help="one thread, processor's time: where other programs run, too")
+    add_busy(parser.add_argument)
     args = parser.parse_args()
     if not (args.weights or args.arch):
         parser.error("give --weights FILE or --arch")
-    if args.busy:
-        torch.set_num_threads(1)
-        latency.clock = time.process_time
+    heed_busy(args)
     model = load(args)
     scales = (1, model.scale)
     pictures = data.open_folder(args.data, scales) if args.data else data.photographs(scales)

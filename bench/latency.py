@@ -13,6 +13,7 @@ thread, and the processor's time of this process in place of the time that passe
 """
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -115,17 +116,27 @@ def print_networks(arch: str, device: torch.device, rounds: int) -> None:
               f"{1 / timing.ratio / fewer:15.2f}", flush=True)
 
 
+def add_busy(add: Callable) -> None:
+    """The flag --busy of several benchmarks; see `heed_busy`."""
+    add("--busy", action="store_true", help="count the time of this process alone, one thread")
+
+
+def heed_busy(args: argparse.Namespace) -> None:
+    """With --busy: one thread, and latency.py counts the time of this process alone."""
+    if args.busy:
+        torch.set_num_threads(1)
+        latency.clock = time.process_time
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="no whole networks")
     add("--rounds", type=number(int, 1), default=15, help="at least (default 15)")
-    add("--busy", action="store_true", help="count the time of this process alone, one thread")
+    add_busy(add)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.busy:
-        torch.set_num_threads(1)
-        latency.clock = time.process_time
+    heed_busy(args)
     torch.manual_seed(0)
     print(f"{latency.device_name(args.device)}, torch {torch.__version__}, float32, medians, "
           f"in turns")
