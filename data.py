@@ -242,8 +242,8 @@ def list_folder(path: str | os.PathLike, scales: Sequence[int],
         DIV2K/DIV2K_train_HR/0001.png       and   DIV2K/DIV2K_train_LR_bicubic/X4/0001x4.png
         HR/baby.png (a benchmark)           and   LR_bicubic/X4/babyx4.png
         gt/img_1_gt.png (blurred: DIV2KRK)  and   lr_x4/im_1.png
-      Smaller images that no file holds are made by `imresize`. DIV2KRK's kernels are not read: they
-      are of the original's pixels and another reduction, not what `corrected_kernel` defines.
+      Smaller images that no file holds are made by `imresize`. The kernels of DIV2KRK are read by
+      evaluate.py.
       Originals are cropped to the size of the small image times the scale.
     scales: such as (1, 2, 4).
     degradation: see `reduced`. With another kind than bicubic, images under 1 are made even where

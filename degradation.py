@@ -33,15 +33,27 @@ reformulated degradation) with
 A convolution is a product of spectra, so k* is the quotient of the spectra of the two reductions;
 `corrected_kernel` says what keeps it from being noise.
 
+DIV2KRK (KernelGAN, arXiv 1909.06581, Section 5.2) is a set of blurred test pictures that come with
+their kernels (`read_kernel`), but it takes a corner of every square of s × s pixels (`correlated`):
+
+    low_j = Σ_u kernel_u · high_(s·j + u − floor(side / 2)), the image mirrored, border repeated
+
+Whether its files hold the kernel or the kernel turned by 180° is told nowhere: `blurred_by` takes
+what comes nearer to the picture. Their k* follows from the same equation, with this low in place of
+reduced(kernel ∗ high).
+
 Not here: the network that estimates kernels (backbones/dcls.py, to be read next), its loss.
 """
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from scipy.io import loadmat
 from torch import Generator, Tensor
 
 from backbones.base import SR
@@ -204,3 +216,62 @@ def corrected_kernel(blurred: Tensor, clean: Tensor, size: int, epsilon: float =
     threshold = 0.75 * k.flatten(1).topk(41).values[:, -1]
     k = (k - threshold.view(-1, 1, 1, 1)).clamp(0, 1)
     return k / (k.sum((2, 3), keepdim=True) + 1e-20)
+
+
+# ---- blurred pictures whose kernels are known ----------------------------------------------------
+def read_kernel(file: str | os.PathLike) -> np.ndarray:
+    """Reads the blur kernel of a picture of DIV2KRK, gt_k_x4/kernel_1.mat: its matrix "Kernel".
+
+    Returns float64 (k, k) with sum 1, k odd, in pixels of the original.
+    Raises ValueError, naming the file, where it holds no such matrix.
+    """
+    try:
+        kernel = np.asarray(loadmat(file, variable_names="Kernel")["Kernel"], dtype=float)
+    except Exception as error:  # damaged files raise nearly anything in scipy
+        raise ValueError(f"{file} is not a MATLAB file with a matrix \"Kernel\": get the set "
+                         f"again") from error
+    sides = set(kernel.shape)
+    if kernel.ndim != 2 or len(sides) != 1 or not sides.pop() % 2:
+        raise ValueError(f"{file} holds a kernel of shape {kernel.shape}, not k x k with an odd k: "
+                         f"get the set again")
+    if not np.isfinite(kernel).all() or kernel.sum() <= 0:
+        raise ValueError(f"{file} holds a kernel whose weights add up to {kernel.sum()}: get the "
+                         f"set again")
+    return kernel / kernel.sum()
+
+
+def correlated(high: np.ndarray, kernel: np.ndarray, scale: int) -> np.ndarray:
+    """Makes a small picture as DIV2KRK does, see the top of this file; not rounded.
+
+    high: uint8 (H, W, 3), the sides multiples of the scale. kernel: (k, k).
+    Returns float64 (H/scale, W/scale, 3) in 0..255.
+    """
+    blurred = ndimage.correlate(high.astype(float), kernel[..., None], mode="reflect")
+    return blurred[::scale, ::scale]
+
+
+def blurred_by(high: np.ndarray, kernel: np.ndarray,
+               given: np.ndarray) -> tuple[np.ndarray, float]:
+    """Makes the small picture again, by the kernel or the kernel turned by 180°.
+
+    high: uint8 (H, W, 3). given: the small picture of the set, uint8 (H/scale, W/scale, 3).
+    Returns the nearer one, not rounded, and how far it is off when rounded, in grey levels (mean).
+    """
+    scale = len(high) // len(given)
+    tries = []
+    for each in (kernel, kernel[::-1, ::-1]):
+        low = correlated(high, each, scale)
+        tries.append((low, float(np.abs(low.round().clip(0, 255) - given).mean())))
+    return min(tries, key=lambda made: made[1])
+
+
+def kernel_of_blurred(high: np.ndarray, low: np.ndarray, scale: int, size: int) -> np.ndarray:
+    """Finds k* of a picture, float32 (size, size), see `corrected_kernel`.
+
+    high: uint8 (H, W, 3). low: its blurred reduction, float (H/scale, W/scale, 3) in 0..255.
+    """
+    def image(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+
+    clean = resize(image(high), 1 / scale)
+    return corrected_kernel(image(low), clean, size)[0, 0].numpy()

@@ -17,6 +17,7 @@ import quiet  # noqa: F401, first: what follows takes seconds to import
 import argparse
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import data
+import degradation
 import kernels
 import models
 import own
@@ -152,6 +154,20 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     return Cost(params, total)
 
 
+def fixed_part(model: nn.Module, kind: str) -> float:
+    """The part of a network's cost that belongs to no width that may be pruned, 0..1.
+
+    The cost is a constant and a term for every width: what half of all the widths saves, saved
+    twice, leaves the constant. Widths that are odd make it inexact by as little.
+    kind: "params" or "madds", of an LR input of 96 × 96.
+    """
+    half = {pair.name: pair.heads * (pair.width // 2) for pair in model.pairs()}
+    with torch.device("meta"):
+        dense = getattr(count(model, 96, 96), kind)
+        halved = getattr(count(model.with_widths(half), 96, 96), kind)
+    return max(0.0, 2 * halved / dense - 1)
+
+
 def flops_with_bias(x, weight, bias, stride, padding, dilation, transposed, *_, out_shape=None,
                     **__) -> int:
     """FLOPs of a convolution, two for every multiply-add and for every bias that is added."""
@@ -237,14 +253,39 @@ def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using
                                  drop if model else keep)
     rows = next(iter(tables.values()))
     print_rows(tables, scale)
-    if blind and not args.data:
-        errors = [np.abs(row.kernel - pictures[i].kernel).mean() for i, row in enumerate(rows)]
-        print(f"blur kernels: mean |k - k*| {np.mean(errors):.2e}")
+    if blind:
+        print_kernels(args, pictures, rows, scale)
     if model:
         print_cost(model, scale)
         seconds = np.median([row.seconds for row in rows])
         where = place(args.device, args.precision, using)
         print(f"{seconds:.3f} s per picture (median) on {where}")
+
+
+def print_kernels(args: argparse.Namespace, pictures: data.Pictures, rows: list[Row],
+                  scale: int) -> None:
+    """How far estimated blur kernels are off the true ones, where these are known: those of the
+    built-in photographs, and of a folder laid out as DIV2KRK with gt_k_x4 in it.
+    """
+    folder = Path(args.data or "") / f"gt_k_x{scale}"
+    if args.data and not folder.is_dir():
+        return
+    errors = []
+    levels = []
+    for i in Bar(range(len(rows)), "kernels", unit="picture", leave=False, delay=2):
+        images, true = pictures[i]
+        if args.data:
+            number = re.search(r"\d+", Path(rows[i].name).stem)[0]
+            kernel = degradation.read_kernel(folder / f"kernel_{number}.mat")
+            low, off = degradation.blurred_by(images[scale], kernel, images[1])
+            levels.append(off)
+            size = len(rows[i].kernel)
+            true = degradation.kernel_of_blurred(images[scale], low, scale, size)
+        errors.append(np.abs(rows[i].kernel - true).mean())
+    print(f"blur kernels: mean |k - k*| {np.mean(errors):.2e}")
+    if levels:
+        print(f"the files of {folder} make these pictures up to {np.mean(levels):.2f} grey levels, "
+              f"the worst up to {max(levels):.2f}")
 
 
 def print_rows(tables: dict[str, list[Row]], scale: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import data
+import evaluate
 import models
 import own
 import parallel
@@ -200,10 +201,19 @@ def settle(args: argparse.Namespace) -> Settings:
     if args.unpaired_share and not args.unpaired:
         raise WrongUsage("--unpaired-share belongs to --unpaired DIR")
     if settings.budget and not settings.prune:
-        settings = replace(settings, prune=prune.budget_ratio(settings.budget[1]))
+        settings = replace(settings, prune=around(settings.budget, network))
     check(settings, network)
     check_shares(settings, args.device.type == "cuda")
     return settings
+
+
+def around(budget: tuple[str, float], network: nn.Module) -> float:
+    """The pruning ratio for --budget where none is given. How much of the latency belongs to no
+    width is not known before it is measured: multiply-adds stand for it.
+    """
+    kind, part = budget
+    fixed = evaluate.fixed_part(network, "params" if kind == "params" else "madds")
+    return prune.budget_ratio(part, fixed)
 
 
 def open_own(args: argparse.Namespace) -> None:

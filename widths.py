@@ -41,12 +41,17 @@ class Budget(NamedTuple):
     limit: float
 
 
-def budget_ratio(target: float) -> float:
+def budget_ratio(target: float, fixed: float) -> float:
     """The pruning ratio whose candidates lie around a `target` (0..1) of the network's cost.
 
-    0.75 is the mean of FRACTIONS.
+    Of its cost the part `fixed` (0..1) belongs to no width (evaluate.fixed_part). Of the rest the
+    candidates keep 0.75·(1 − ratio), since 0.75 is the mean of FRACTIONS. At most 0.9: candidates
+    of a tenth and less of a layer.
     """
-    return max(0.0, 1 - target / 0.75)
+    if target <= fixed:
+        return 0.9
+    kept = (target - fixed) / (0.75 * (1 - fixed))
+    return min(max(0.0, 1 - kept), 0.9)
 
 
 def fit_budget(scores: np.ndarray, sizes: list[list[int]], names: list[str], budget: Budget,

@@ -54,7 +54,7 @@ def main() -> None:
     heed_busy(args)
     torch.manual_seed(0)
     model = models.build(args.arch).to(args.device).eval()
-    ratio = prune.budget_ratio(args.part)
+    ratio = prune.budget_ratio(args.part, evaluate.fixed_part(model, "madds"))
     options = {}
     for pair in model.pairs():
         options[pair.name] = [pair.heads * n

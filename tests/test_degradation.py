@@ -8,6 +8,7 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.io import savemat
 
 import data
 import degradation
@@ -297,3 +298,92 @@ def test_a_blind_stream_closes_the_stream_below_it(pictures):
     assert closed == []
     source.close()
     assert closed == [True]
+
+
+# ---- blurred pictures whose kernels are known ----------------------------------------------------
+def kernel_off_the_middle(size):
+    """A lopsided kernel, so that a flip, a transpose or a shift shows."""
+    y, x = np.mgrid[:size, :size] - size // 2
+    kernel = np.exp(-((x - 1) ** 2 / 8 + (y + 2) ** 2 / 3 + x * y / 9))
+    return kernel / kernel.sum()
+
+
+@pytest.mark.parametrize("scale, size", [(2, 11), (4, 31), (4, 5)])
+def test_a_corner_of_every_square_is_taken(scale, size):
+    """One pixel at a time; the image repeats its border, mirrored, as often as is needed."""
+    high = picture(5 * scale, 3 * scale)
+    height, width = high.shape[:2]
+    kernel = kernel_off_the_middle(size)
+    expected = np.zeros((5, 3, 3))
+
+    def inside(i, length):
+        i %= 2 * length
+        return min(i, 2 * length - 1 - i)
+
+    for row, column in itertools.product(range(5), range(3)):
+        for u, v in itertools.product(range(size), range(size)):
+            y = inside(scale * row + u - size // 2, height)
+            x = inside(scale * column + v - size // 2, width)
+            expected[row, column] += kernel[u, v] * high[y, x]
+    found = degradation.correlated(high, kernel, scale)
+    assert np.abs(found - expected).max() < 1e-9
+
+
+def test_the_kernel_of_a_blurred_picture_blurs_the_clean_one():
+    """low = k* ∗ reduced(high), up to the noise that k* is freed of and the border."""
+    high = skimage.data.astronaut()
+    y, x = np.mgrid[:31, :31] - 16.5         # low is on the grid of the bicubic reduction
+    kernel = np.exp(-(x ** 2 / 32 + y ** 2 / 8))
+    low = degradation.correlated(high, kernel / kernel.sum(), 4)
+    k = degradation.kernel_of_blurred(high, low, 4, 31)
+    assert k.shape == (31, 31) and k.dtype == np.float32
+    assert k.min() >= 0 and k.sum() == pytest.approx(1, abs=1e-5)
+    image = torch.from_numpy(high).permute(2, 0, 1)[None].float()
+    clean = resize(image, 1 / 4)
+    again = degradation.blur_images(clean, torch.from_numpy(k)[None, None])[0].permute(1, 2, 0)
+    inner = (slice(8, -8), slice(8, -8))
+
+    def off(image):
+        return np.abs(image[inner] - low[inner]).mean()
+
+    assert off(again.numpy()) < 0.4 * off(clean[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_kernel_may_be_turned(turned):
+    high = picture(64, 48)
+    kernel = kernel_off_the_middle(11)
+    low = degradation.correlated(high, kernel, 4)
+    given = low.round().clip(0, 255).astype(np.uint8)
+    found, off = degradation.blurred_by(high, kernel[::-1, ::-1] if turned else kernel, given)
+    assert np.array_equal(found, low) and off == 0
+    found, off = degradation.blurred_by(high, kernel.T, given)
+    assert off == np.abs(found.round().clip(0, 255) - given).mean() > 0.5
+
+
+def test_a_kernel_file_is_read(tmp_path):
+    kernel = kernel_off_the_middle(11)
+    savemat(tmp_path / "kernel_1.mat", {"Kernel": 3 * kernel})
+    found = degradation.read_kernel(tmp_path / "kernel_1.mat")
+    assert np.abs(found - kernel).max() < 1e-15
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"kernel": np.ones((3, 3))}, 'is not a MATLAB file with a matrix "Kernel"'),
+    ({"Kernel": np.array(["abc"])}, 'is not a MATLAB file with a matrix "Kernel"'),
+    ({"Kernel": np.ones((3, 5))}, r"a kernel of shape \(3, 5\), not k x k"),
+    ({"Kernel": np.ones((4, 4))}, r"a kernel of shape \(4, 4\), not k x k"),
+    ({"Kernel": np.ones((3, 3, 3))}, r"a kernel of shape \(3, 3, 3\), not k x k"),
+    ({"Kernel": np.zeros((3, 3))}, "whose weights add up to 0.0"),
+    ({"Kernel": np.full((3, 3), np.nan)}, "whose weights add up to nan"),
+    (b"", "is not a MATLAB file"), (b"MATLAB 5.0 MAT-file" * 20, "is not a MATLAB file"),
+    (None, "is not a MATLAB file")])
+def test_another_kernel_file_is_refused(content, words, tmp_path):
+    file = tmp_path / "kernel_1.mat"
+    if isinstance(content, dict):
+        savemat(file, content)
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"kernel_1.mat {words}|kernel_1.mat holds {words}|"
+                                         f"kernel_1.mat holds a kernel {words}"):
+        degradation.read_kernel(file)

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 import data
+import degradation
 import evaluate
 import leaves
 import models
+import preflight
 from backbones.base import SR
 from pictures import picture, save
-from tiny import golden_channels, parameters, run_command, tiny_swinir
+from tiny import golden_channels, parameters, run_command, tiny_dat, tiny_drn, tiny_swinir
 from upscale import upscale
 
 
@@ -118,6 +121,16 @@ def test_count_by_hand():
     assert evaluate.count(model, 7, 6) == (140, 135 * 42)
     model.madds_count_bias = True
     assert evaluate.count(model, 7, 6) == (140, 140 * 42)
+
+
+@pytest.mark.parametrize("tiny", [tiny_drn, tiny_swinir, tiny_dat])
+@pytest.mark.parametrize("kind", ["params", "madds"])
+def test_what_belongs_to_no_width_is_what_counting_each_width_leaves(tiny, kind):
+    model, _ = tiny()
+    dense, of_channel = preflight.costs(model, kind)
+    fixed = dense - sum(each * model.widths[name] for name, each in of_channel.items())
+    assert 0 < fixed < dense
+    assert evaluate.fixed_part(model, kind) == pytest.approx(fixed / dense, abs=1e-9)
 
 
 # ---- a set of pictures --------------------------------------------------------------------------
@@ -261,3 +274,64 @@ def test_wrong_usage_is_one_sentence(arguments, code, words, monkeypatch, capsys
     assert got == code
     assert words in errors
     assert "Traceback" not in errors
+
+
+# ---- blurred pictures whose kernels are known ---------------------------------------------------
+@pytest.fixture
+def blurred(tmp_path):
+    """Two pictures laid out as DIV2KRK, and the weights of a blind network."""
+    y, x = np.mgrid[-15:16, -15:16]
+    for i in (2, 10):
+        kernel = np.exp(-((x - 1) ** 2 / i + y ** 2 / 3))
+        high = leaves.dead_leaves((i, 0), 128)
+        low = degradation.correlated(high, kernel / kernel.sum(), 4)
+        save(tmp_path / "set" / "gt" / f"img_{i}_gt.png", high)
+        save(tmp_path / "set" / "lr_x4" / f"im_{i}.png", low.round().clip(0, 255).astype(np.uint8))
+        (tmp_path / "set" / "gt_k_x4").mkdir(exist_ok=True)
+        savemat(tmp_path / "set" / "gt_k_x4" / f"kernel_{i}.mat", {"Kernel": kernel})
+    torch.save(models.build("dcls").state_dict(), tmp_path / "dcls.pt")
+    return tmp_path
+
+
+def of_blurred(blurred, monkeypatch, capsys):
+    return run_command(evaluate, monkeypatch, capsys, "--weights", blurred / "dcls.pt", "--arch",
+                       "dcls", "--data", blurred / "set", "--device", "cpu")
+
+
+def test_kernels_of_a_blurred_set_are_compared(blurred, monkeypatch, capsys):
+    code, out, errors = of_blurred(blurred, monkeypatch, capsys)
+    assert code == 0, errors
+    assert "up to 0.00 grey levels, the worst up to 0.00" in out
+    found = []
+    pictures = data.open_folder(blurred / "set", (1, 4))
+    rows = evaluate.evaluate(models.inference(models.load(blurred / "dcls.pt", "dcls")), pictures)
+    for row, each, i in zip(rows, pictures, (10, 2)):
+        assert row.name == f"img_{i}_gt.png"
+        kernel = degradation.read_kernel(blurred / "set" / "gt_k_x4" / f"kernel_{i}.mat")
+        low = degradation.correlated(each.images[4], kernel, 4)
+        true = degradation.kernel_of_blurred(each.images[4], low, 4, 31)
+        found.append(np.abs(row.kernel - true).mean())
+    assert f"blur kernels: mean |k - k*| {np.mean(found):.2e}" in out
+
+
+def test_kernels_that_do_not_belong_to_the_pictures_show(blurred, monkeypatch, capsys):
+    folder = blurred / "set" / "gt_k_x4"
+    (folder / "kernel_2.mat").replace(folder / "other")
+    (folder / "kernel_10.mat").replace(folder / "kernel_2.mat")
+    (folder / "other").replace(folder / "kernel_10.mat")
+    code, out, _ = of_blurred(blurred, monkeypatch, capsys)
+    worst = float(out.split("the worst up to ")[1].split()[0])
+    assert code == 0 and worst > 0.5
+
+
+def test_a_kernel_that_is_missing_is_named(blurred, monkeypatch, capsys):
+    (blurred / "set" / "gt_k_x4" / "kernel_2.mat").unlink()
+    code, _, errors = of_blurred(blurred, monkeypatch, capsys)
+    assert code == 1 and "kernel_2.mat is not a MATLAB file" in errors
+
+
+def test_a_blurred_set_without_kernels_is_measured_all_the_same(blurred, monkeypatch, capsys):
+    (blurred / "set" / "gt_k_x4").rename(blurred / "set" / "elsewhere")
+    code, out, errors = of_blurred(blurred, monkeypatch, capsys)
+    assert code == 0, errors
+    assert "mean" in out and "blur kernels" not in out

@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "page": PICTURES | {"crops", "charts"},
     "report": NETWORKS | PICTURES | {"upscale", "evaluate", "latency", "crops", "own",
                                             "page"},
-    "flags": NETWORKS | {"data", "own", "parallel", "prune", "settings",
+    "flags": NETWORKS | {"data", "evaluate", "own", "parallel", "prune", "settings",
                            "upscale"},
     "preflight": NETWORKS | PICTURES | {"dual", "prune", "evaluate", "latency", "report", "flags",
                                         "parallel", "settings"},

@@ -315,10 +315,15 @@ def test_a_budget_between_two_candidates_is_refused():
         prune.fit_budget(np.zeros((1, 6)), [[4, 4, 4, 12, 12, 12]], ["a"], budget)
 
 
-@pytest.mark.parametrize("target, ratio", [(0.75, 0.0), (0.9, 0.0), (0.375, 0.5), (0.6, 0.2)])
-def test_the_ratio_for_a_budget_by_hand(target, ratio):
+@pytest.mark.parametrize("target, fixed, ratio", [
+    (0.75, 0.0, 0.0), (0.9, 0.0, 0.0), (0.375, 0.0, 0.5), (0.6, 0.0, 0.2),
+    (0.8, 0.5, 0.2),             # 0.5 + 0.5 · 0.8 · 0.75 = 0.8
+    (0.4, 0.5, 0.9),             # out of reach
+    (1.0, 1.0, 0.9),             # nothing can be pruned
+])
+def test_the_ratio_for_a_budget_by_hand(target, fixed, ratio):
     """The candidates' mean is 0.75 of what the ratio leaves: 0.8 · 0.75 = 0.6."""
-    assert prune.budget_ratio(target) == pytest.approx(ratio)
+    assert prune.budget_ratio(target, fixed) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("tiny", [tiny_swinir, tiny_dat])
