@@ -91,6 +91,9 @@ def explain(error: Exception) -> str | None:
         return "out of memory: use smaller tiles, patches or batches"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if type(error).__module__.startswith("torch._inductor"):
+        reason = str(error).strip().partition("\n")[0]
+        return f"--compile needs a compiler that works on this machine ({reason}): leave it out"
     known = isinstance(error, (WrongUsage, ValueError, OSError, FloatingPointError))
     return str(error) if known else None
 

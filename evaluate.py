@@ -245,7 +245,7 @@ def measure(args: argparse.Namespace, model: nn.Module | None, scale: int, using
         keep = partial(save, targets=save_targets(args, pictures.names, blind))
     tables = {}
     if model:
-        fast = models.inference(model, args.precision, args.device)
+        fast = models.inference(model, args.precision, args.device, args.compile)
         tables[f"{model.arch} x{scale}"] = evaluate(
             fast, pictures, keep, tile=args.tile or 0, overlap=args.overlap,
             ensemble=args.self_ensemble)

@@ -307,7 +307,7 @@ def read_channels(path: str | Path, count: int) -> list[int]:
 # ---- inference ----------------------------------------------------------------------------------
 @torch.no_grad()
 def inference(model: Backbone, precision: str = "float32",
-              device: str | torch.device | None = None) -> Backbone:
+              device: str | torch.device | None = None, compiled: bool = False) -> Backbone:
     """A copy for inference: folded (`Backbone.fold`), channels-last, without gradients.
 
     device: where it is to run, by default where `model` is. For a GPU the hidden widths are padded
@@ -315,6 +315,9 @@ def inference(model: Backbone, precision: str = "float32",
 
     precision: "float32", or "bf16" for everything but the layers that form the image
     (`model.float32`) in bfloat16, which pays on hardware that has bfloat16 instructions.
+
+    compiled: through torch.compile, which takes a minute or more at the first call, and again for
+    most new sizes of input: it is meant for many tiles of one size.
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"unknown precision {precision!r}: choose float32 or bf16")
@@ -329,4 +332,7 @@ def inference(model: Backbone, precision: str = "float32",
         model.to(torch.bfloat16)
         for name, state in exact.items():            # the weights from before they were rounded
             model.get_submodule(name).float().load_state_dict(state)
-    return model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
+    if compiled:
+        model.forward = torch.compile(model.forward)
+    return model

@@ -181,6 +181,8 @@ def add_how(parser: argparse.ArgumentParser, tile_default: str) -> None:
     add("--overlap", type=at_least(0), default=OVERLAP, metavar="N",
         help="context around a tile in LR pixels (default %(default)s)")
     add("--precision", choices=("float32", "bf16"), default="float32")
+    add("--compile", action="store_true",
+        help="run the network through torch.compile: a minute or more for every size of tile")
     add("--kernels", choices=("torch", "triton"),
         help="default: on a GPU whichever is faster there, timed at first use")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -191,6 +193,8 @@ def check_network(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """Refuses flags that do not go together."""
     if args.weights and args.bicubic:
         parser.error("--weights and --bicubic exclude each other")
+    if args.compile and args.bicubic:
+        parser.error("--compile needs a network: give --weights, not --bicubic")
     if (args.network_args or args.range) and not args.network:
         parser.error("--network-args and --range belong to --network FILE.py:CLASS")
     if args.network and (args.arch or args.precision == "bf16"):
@@ -253,10 +257,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module | None, nn.ModuleList | No
         return None, None, ""
     if args.weights.lower().endswith(".onnx"):
         for flag, default in (("arch", None), ("scale", None), ("channels", None),
-                              ("kernels", None), ("precision", "float32"), ("network", None)):
+                              ("kernels", None), ("precision", "float32"), ("compile", False),
+                              ("network", None)):
             if getattr(args, flag) != default:
-                raise WrongUsage(f"{args.weights} is an exported network, it knows its own "
-                                 f"{flag}: leave --{flag} out")
+                raise WrongUsage(f"{args.weights} is an exported network, which takes no "
+                                 f"--{flag}: leave it out")
         model = open_onnx(args.weights, args.device)
         duals = consistency.load_duals(args.weights, model, None) if args.consistency else None
         return model, duals, f"{model.device}, float32, onnxruntime"
@@ -265,7 +270,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module | None, nn.ModuleList | No
     duals = None
     if args.consistency:
         duals = consistency.load_duals(args.weights, model, states).to(args.device)
-    model = models.inference(model, args.precision, args.device)
+    model = models.inference(model, args.precision, args.device, args.compile)
     if args.device.type == "cuda" and args.kernels != "torch":
         graphs.use(model)
     return model, duals, place(args.device, args.precision, using)

@@ -166,8 +166,10 @@ def random_line(rng: random.Random, name: str, flags: dict, paths: list[str]) ->
 
 
 def affordable(line: list[str]) -> bool:
-    """Whether a right command would end soon: not with a published network, or a million steps."""
-    return not {"default", "paper"} & set(line)
+    """Whether a right command would end soon: not with a published network, or a million steps, or
+    through a compiler.
+    """
+    return not {"default", "paper", "--compile"} & set(line)
 
 
 def attack_lines(rng: random.Random, count: int) -> int:

@@ -391,6 +391,23 @@ def test_bfloat16_of_the_large_upsampler():
     assert 0 < (fast(x).images[4] - exact).abs().max() < 0.05 * exact.std()
 
 
+def test_inference_through_torch_compile_gives_the_same(monkeypatch):
+    """The program itself is the compiler's; that one is made, and used, is ours."""
+    used = []
+
+    def count(graph, inputs):
+        used.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    model, _ = tiny_drn()
+    fast = models.inference(model, compiled=True)
+    x = torch.rand(1, 3, 9, 12)
+    with torch.inference_mode():
+        assert torch.equal(fast(x).images[4], models.inference(model)(x).images[4])
+    assert len(used) == 1
+
+
 @pytest.mark.parametrize("make", [tiny_swinir, tiny_dat])
 def test_transformers_can_be_compiled(make):
     """In one graph. DAT's two windows have tensors of one function, which must stay two."""

@@ -37,6 +37,17 @@ def test_what_a_user_can_put_right_is_one_sentence(error, code, words, capsys):
     assert capsys.readouterr().err == words
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for the GPU where there is one")
+def test_a_missing_compiler_is_one_sentence(monkeypatch, capsys):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    double = torch.compile(lambda x: 2 * x.sin())
+    with pytest.raises(SystemExit, match="1"):
+        commands.command(lambda: double(torch.ones(9)))
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --compile needs a compiler that works on this machine (")
+
+
 def test_development_mode_shows_the_traceback_too(monkeypatch, capsys):
     monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))      # python -X dev
     with pytest.raises(SystemExit, match="1"):

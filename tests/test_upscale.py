@@ -166,6 +166,8 @@ def test_a_checkpoint_never_runs_code(here, monkeypatch, capsys):
     (["photo.png", *BICUBIC, "--output", "x.gif"], 2, "unknown extension"),
     (["photo.png", *BICUBIC, "--output", "no/x.png"], 1, "does not exist"),
     (["photo.png", *BICUBIC, "--blur-kernel", "k.jpg"], 2, "use a name with .png"),
+    (["photo.png", *BICUBIC, "--compile"], 2, "--compile needs a network"),
+    (["photo.png", "--weights", "a.onnx", "--compile"], 2, "which takes no --compile"),
     (["photo.png", *BICUBIC, "--blur-kernel", "k.png"], 1, "only a blind network"),
     (["*.gif", *BICUBIC], 1, "no picture found")])
 def test_wrong_usage_is_one_sentence(arguments, code, words, here, monkeypatch, capsys):
