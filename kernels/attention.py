@@ -237,9 +237,9 @@ def masks(h: int, w: int, dy: int, dx: int, device: torch.device) -> tuple[Tenso
     the corner two tokens are apart if either mask says so.
     """
     place = torch.arange(h * w, device=device)
-    y = place // w >= h - dy
-    x = place % w >= w - dx
-    return APART * (y[:, None] != y), APART * (x[:, None] != x)
+    y = (place // w + dy) // h       # 1 there, else 0: torch.compile cannot compare truth values
+    x = (place % w + dx) // w
+    return APART * (y[:, None] - y).abs(), APART * (x[:, None] - x).abs()
 
 
 def attend(x: Tensor, bias: Tensor, h: int, w: int, scale: float, fused: bool | None) -> Tensor:

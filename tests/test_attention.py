@@ -4,6 +4,8 @@ The kernels run on a GPU as they are, elsewhere under Triton's interpreter. The 
 attention.py is the yardstick, so it is checked first, against slower and plainer things.
 """
 import math
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -430,6 +432,17 @@ def test_torch_compile_keeps_one_graph(triton):
     fused = attention_results(compiled, *case)
     for output in plain:
         assert (plain[output] - fused[output]).norm() <= 1e-6 * plain[output].norm(), output
+
+
+@pytest.mark.skipif(GPU or not shutil.which("g++"), reason="needs a C++ compiler, and no GPU")
+def test_the_whole_compiler_takes_shifted_windows():
+    """Inductor refuses what aot_eager takes, such as a comparison of two truth values."""
+    qkv, table = torch.randn(1, 16, 16, 12), torch.randn(225, 2)
+    settings = dict(heads=2, window=(8, 8), shift=(4, 4), scale=0.4)
+    compiled = torch.compile(partial(kernels.window_attention, **settings), fullgraph=True)
+    with torch.inference_mode():
+        difference = compiled(qkv, table) - kernels.window_attention(qkv, table, **settings)
+    assert difference.abs().max() < 1e-6
 
 
 # ---- what goes where ----------------------------------------------------------------------------
