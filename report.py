@@ -37,6 +37,7 @@ import latency
 import models
 import own
 import page
+import zoo
 from crops import comparison
 from run import (
     Run,
@@ -326,7 +327,11 @@ def networks_of(folder: Path) -> dict[str, dict]:
 
 
 def network_of(file: Path) -> dict:
-    """The checkpoint in a file; ValueError where it is not one of ours."""
+    """The checkpoint in a file, or of a released network ("zoo:drn_s30"); ValueError where it is
+    neither.
+    """
+    if zoo.is_name(file):
+        return models.checkpoint(models.load(str(file)), nn.ModuleList())
     state = read_checkpoint(file)
     if not models.is_checkpoint(state):
         raise ValueError(f"{file} does not say what network it is: python evaluate.py --weights "
@@ -383,7 +388,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False)
     add = parser.add_argument
     add("paths", nargs="+", type=lambda text: Path(filled(text)), metavar="RUN",
-        help="run folders of train.py, and checkpoints (.pt) of them")
+        help="run folders of train.py, checkpoints (.pt) of them, and released networks by name "
+        "(zoo:drn_s30)")
     add("--output", type=lambda text: Path(filled(text)), metavar="FILE",
         help="the page that compares several (default compare.html); one run has its report.html")
     add("--force", action="store_true", help="overwrite FILE, whatever it is")

@@ -6,6 +6,7 @@ import torch
 
 import download
 import models
+import report
 import zoo
 from loopback import serving
 from tiny import fill, golden_channels
@@ -53,6 +54,16 @@ def test_a_name_is_a_network(served):
         assert torch.equal(a, b)
     models.load("zoo:swinir_light_drc", "swinir_light", 4)
     assert len(site.asked) == 1
+
+
+def test_a_report_takes_a_name(served):
+    """Beside a run, as "python report.py RUN zoo:swinir_light_drc" does."""
+    model, _ = served("swinir_light_drc")
+    [path] = report.parse_args(["zoo:swinir_light_drc"]).paths
+    state = report.network_of(path)
+    assert state["scale"] == 4 and state["widths"] == model.widths
+    again = models.from_checkpoint(state).state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_name_knows_what_it_is(served):
