@@ -301,15 +301,17 @@ def list_reductions(low: Path, factor: int) -> dict[str, Path]:
     return {stem(f, folder).removesuffix(f"x{factor}"): f for f in list_pictures(folder)}
 
 
+def number(file: Path) -> int:
+    """Returns 7 for img_7_gt.png of DIV2KRK, −1 where a name has no number."""
+    match = re.search(r"\d+", file.stem)
+    return int(match[0]) if match else -1
+
+
 def match_by_number(files: list[Path], high: Path, low: Path) -> dict[str, Path]:
     """Returns {name of the original: file} of DIV2KRK: gt/img_7_gt.png belongs to lr_x4/im_7.png.
 
     Raises ValueError for an original without a reduction.
     """
-    def number(file: Path) -> int:
-        match = re.search(r"\d+", file.stem)
-        return int(match[0]) if match else -1
-
     numbered = {number(file): file for file in list_pictures(low)}
     for file in files:
         if number(file) not in numbered:

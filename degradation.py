@@ -52,7 +52,6 @@ from contextlib import closing
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from scipy.io import loadmat
 from torch import Generator, Tensor
 
@@ -156,11 +155,15 @@ def degrade_picture(high: np.ndarray, scale: int, size: int,
 
     Returns low, uint8 (H/scale, W/scale, 3), and k*, float32 (size, size). Else as `degrade`.
     """
-    image = torch.from_numpy(high).permute(2, 0, 1)[None].float() / 255
-    made = degrade(image, scale, size, Generator().manual_seed(seed))
+    made = degrade(to_tensor(high), scale, size, Generator().manual_seed(seed))
     low = (made.images[1][0] * 255).round().byte()
     low = low.permute(1, 2, 0).contiguous()
     return low.numpy(), made.kernel[0, 0].numpy()
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) in 0..255 -> float32 (1, 3, H, W) in 0..1."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
 
 
 def blind_kernels(count: int, size: int, generator: Generator) -> Tensor:
@@ -246,8 +249,11 @@ def correlated(high: np.ndarray, kernel: np.ndarray, scale: int) -> np.ndarray:
     high: uint8 (H, W, 3), the sides multiples of the scale. kernel: (k, k).
     Returns float64 (H/scale, W/scale, 3) in 0..255.
     """
-    blurred = ndimage.correlate(high.astype(float), kernel[..., None], mode="reflect")
-    return blurred[::scale, ::scale]
+    reach = len(kernel) // 2
+    padded = np.pad(high, ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
+    colours = torch.from_numpy(padded).permute(2, 0, 1)[:, None].double()  # one image each
+    weights = torch.from_numpy(kernel.copy())[None, None]
+    return F.conv2d(colours, weights, stride=scale)[:, 0].permute(1, 2, 0).numpy()
 
 
 def blurred_by(high: np.ndarray, kernel: np.ndarray,
@@ -270,8 +276,5 @@ def kernel_of_blurred(high: np.ndarray, low: np.ndarray, scale: int, size: int) 
 
     high: uint8 (H, W, 3). low: its blurred reduction, float (H/scale, W/scale, 3) in 0..255.
     """
-    def image(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
-
-    clean = resize(image(high), 1 / scale)
-    return corrected_kernel(image(low), clean, size)[0, 0].numpy()
+    clean = resize(to_tensor(high), 1 / scale)
+    return corrected_kernel(to_tensor(low), clean, size)[0, 0].numpy()

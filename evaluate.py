@@ -17,7 +17,6 @@ import quiet  # noqa: F401, first: what follows takes seconds to import
 import argparse
 import copy
 import math
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -154,18 +153,22 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     return Cost(params, total)
 
 
+def count_with(model: nn.Module, widths: dict[str, int], kind: str) -> int:
+    """What a network would cost with other widths; kind: "params", or "madds" for 96 × 96."""
+    with torch.device("meta"):
+        return getattr(count(model.with_widths(widths), 96, 96), kind)
+
+
 def fixed_part(model: nn.Module, kind: str) -> float:
     """The part of a network's cost that belongs to no width that may be pruned, 0..1.
 
     The cost is a constant and a term for every width: what half of all the widths saves, saved
     twice, leaves the constant. Widths that are odd make it inexact by as little.
-    kind: "params" or "madds", of an LR input of 96 × 96.
+    kind: see `count_with`.
     """
     half = {pair.name: pair.heads * (pair.width // 2) for pair in model.pairs()}
-    with torch.device("meta"):
-        dense = getattr(count(model, 96, 96), kind)
-        halved = getattr(count(model.with_widths(half), 96, 96), kind)
-    return max(0.0, 2 * halved / dense - 1)
+    halved = count_with(model, half, kind)
+    return max(0.0, 2 * halved / count_with(model, model.widths, kind) - 1)
 
 
 def flops_with_bias(x, weight, bias, stride, padding, dilation, transposed, *_, out_shape=None,
@@ -275,7 +278,7 @@ def print_kernels(args: argparse.Namespace, pictures: data.Pictures, rows: list[
     for i in Bar(range(len(rows)), "kernels", unit="picture", leave=False, delay=2):
         images, true = pictures[i]
         if args.data:
-            number = re.search(r"\d+", Path(rows[i].name).stem)[0]
+            number = data.number(Path(rows[i].name))
             kernel = degradation.read_kernel(folder / f"kernel_{number}.mat")
             low, off = degradation.blurred_by(images[scale], kernel, images[1])
             levels.append(off)

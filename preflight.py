@@ -102,16 +102,11 @@ def costs(model, kind: str) -> tuple[int, dict[str, float]]:
     if key in counted:
         return counted[key]
 
-    def count(widths):
-        with torch.device("meta"):
-            smaller = model.with_widths(widths)
-            return getattr(evaluate.count(smaller, 96, 96), kind)
-
-    dense = count(model.widths)
+    dense = evaluate.count_with(model, model.widths, kind)
     of_channel = {}
     for pair in Bar(model.pairs(), "budget", leave=False, delay=2):
         whole = model.widths[pair.name]
-        smallest = count({**model.widths, pair.name: pair.heads})
+        smallest = evaluate.count_with(model, {**model.widths, pair.name: pair.heads}, kind)
         of_channel[pair.name] = (dense - smallest) / max(1, whole - pair.heads)
     counted[key] = dense, of_channel
     return dense, of_channel

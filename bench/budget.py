@@ -36,11 +36,6 @@ def random_choice(model, options: dict[str, list[int]], seed: int, budget: prune
     return {name: widths[k] for (name, widths), k in zip(options.items(), picks)}
 
 
-def madds(model, widths: dict[str, int]) -> int:
-    with torch.device("meta"):
-        return evaluate.count(model.with_widths(widths), latency.SIDE, latency.SIDE).madds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -77,7 +72,8 @@ def main() -> None:
             dict(dense=dense, pruned=latency.ready(model.with_widths(widths_after), args.device)),
             low)["pruned"]
         predicted = budget.cost(widths) / table["dense"]
-        part = madds(model, widths_after) / madds(model, model.widths)
+        left = evaluate.count_with(model, widths_after, "madds")
+        part = left / evaluate.count_with(model, model.widths, "madds")
         print(f"{seed:4} {args.part:6.3f} {predicted:10.3f} {first.ratio:9.3f} "
               f"{first.ratio_spread:7.3f} {after.ratio:10.3f} {after.ratio_spread:7.3f} "
               f"{again.ratio:6.3f} {again.ratio_spread:7.3f} {part:6.3f}", flush=True)
