@@ -8,6 +8,7 @@ shown as "–".
 
 Not here: how something is measured (kernels.py).
 """
+import importlib.util
 import json
 import os
 import subprocess
@@ -73,6 +74,8 @@ def make(path: str) -> None:
 def test(limit: float) -> str:
     """The last line of pytest, with the names of tests that failed."""
     command = [sys.executable, "-m", "pytest", "-q", "--durations=0", "-rfE", *TESTS]
+    if importlib.util.find_spec("xdist"):        # most of their time goes into compiling kernels
+        command += ["-n", str(min(8, os.cpu_count()))]
     try:
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
