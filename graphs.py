@@ -3,7 +3,8 @@
 A network is hundreds of small operations, and Python takes longer to ask for one than a GPU to do
 it, unless the picture is large. A CUDA graph is a recording of all that a call asks of the GPU; it
 is replayed at once, on the same memory. So it fits one size of input only, which is what tiles
-are: `upscale.py` cuts a picture into tiles of one size.
+are: `upscale.py` cuts a picture into tiles of one size. latency.py times networks so, too: without,
+a GPU would be found as slow as Python, whatever the widths.
 
 The first call of a size runs as usual; by then the kernels are compiled and their choice is made
 (kernels/choice.py). The second records, and every further one replays. Where a network cannot be
@@ -24,13 +25,25 @@ MOST = 4                             # recordings kept, each with the memory of 
 def use(model: nn.Module) -> None:
     """From now on a network on a GPU replays CUDA graphs when it is called without gradients.
 
-    model: a `models.inference` that returns an SR; its weights must stay where they are.
+    model: a `models.inference` that returns an SR, or some layers of one; its weights must stay
+    where they are.
     """
     model.forward = Recorder(model.forward)
 
 
+def copied(result):
+    """A copy of an SR, or of a tensor."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    kernel = None if result.kernel is None else result.kernel.clone()
+    images = {s: x.clone() for s, x in result.images.items()}
+    return result._replace(images=images, kernel=kernel)
+
+
 class Recorder:
-    """A function of tensors that returns an SR, and its recordings by the sizes of its inputs."""
+    """A function of tensors that returns an SR or a tensor, and its recordings by the sizes of its
+    inputs.
+    """
     def __init__(self, function: Callable):
         self.function = function
         self.seen = set()
@@ -51,10 +64,7 @@ class Recorder:
         for mine, given in zip(held, inputs):
             mine.copy_(given)
         graph.replay()
-        # The next replay writes over the result, so it is copied.
-        kernel = None if result.kernel is None else result.kernel.clone()
-        return result._replace(images={s: x.clone() for s, x in result.images.items()},
-                               kernel=kernel)
+        return copied(result)                    # the next replay writes over it
 
     def add(self, size: tuple, inputs: tuple) -> bool:
         """Records a call; False, and never again, where that fails."""

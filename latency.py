@@ -9,7 +9,8 @@ more vector lanes than one of 32 does.
     measure_pairs    what each width of each layer takes, for --budget latency=F (ours, not DRC's)
     fit              chooses widths by it, measures the whole network, and corrects the limit
 
-Networks are timed as `models.inference` makes them. Not here: how widths are chosen within a budget
+Networks are timed as `models.inference` makes them, on a GPU as CUDA graphs (graphs.py), as
+upscale.py runs them. Not here: how widths are chosen within a budget
 (widths.fit_budget), and when (train.py). Which widths are fast: bench/latency.py.
 """
 import json
@@ -17,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,9 @@ import numpy as np
 import torch
 from torch import nn
 
+import graphs
 import models
+from kernels import choice, switch
 from replay import count_calls
 from run import progress, read_json, write_file
 from widths import Budget
@@ -61,7 +65,10 @@ def device_name(device: torch.device) -> str:
 
 def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """The network as it is timed."""
-    return models.inference(network, device=device)
+    network = models.inference(network, device=device)
+    if device.type == "cuda":
+        graphs.use(network)
+    return network
 
 
 def noise(device: torch.device, side: int = SIDE) -> torch.Tensor:
@@ -83,6 +90,8 @@ def interleaved(networks: dict[str, Callable], low: torch.Tensor,
                 rounds: int = ROUNDS) -> dict[str, Timing]:
     """Times functions of `low`, such as networks of `ready`, in turns; each runs once before that.
 
+    On a GPU each also runs before each time that counts: between two rounds a GPU goes to sleep.
+
     low: (N, 3, H, W) on their device. There are at least `rounds` rounds, and up to MOST times as
     many while a ratio spreads by more than SMALL. (The order stays. Were every other round run
     backwards, the first and the last would follow themselves, and find the caches warm.)
@@ -94,6 +103,8 @@ def interleaved(networks: dict[str, Callable], low: torch.Tensor,
             networks[name](low)
         while True:
             for name in names:
+                if low.is_cuda:
+                    networks[name](low)
                 start = now(low.device)
                 networks[name](low)
                 seconds[name].append(now(low.device) - start)
@@ -145,16 +156,16 @@ def measure_pairs(model, options: dict[str, list[int]], device: torch.device, fi
         networks = []
         with torch.random.fork_rng():            # new networks draw weights
             for widths in choices:
-                networks.append(ready(model.with_widths(widths), device))
+                networks.append(models.inference(model.with_widths(widths), device=device))
         called = set(count_calls(networks[0], low))
         pairs = model.pairs()
         with progress("latency", ROUNDS + 1, len(state["times"]), "round") as bar:
-            for network in networks:             # a warm one, which does not count
-                time_pass(network, pairs, called, low)
+            passes = [timed_pass(network, pairs, called, low) for network in networks]
+            for one_pass in passes:              # a warm one, which does not count
+                one_pass()
             bar.update()
             while len(state["times"]) < ROUNDS:
-                one_round = [time_pass(network, pairs, called, low) for network in networks]
-                state["times"].append(one_round)
+                state["times"].append([one_pass() for one_pass in passes])
                 write_file(file, json.dumps(state).encode())
                 bar.update()
     return summary(state["times"], choices, identical(model, low)) | dict(device=key["device"])
@@ -181,16 +192,46 @@ def mixed(options: dict[str, list[int]]) -> list[dict[str, int]]:
     return [dict(zip(options, widths)) for widths in zip(*orders)]
 
 
+def timed_pass(network: nn.Module, pairs: list, called: set[str], low: torch.Tensor) -> Callable:
+    """A function that runs a pass: {"": ms of it, pair name: ms within the pair}.
+
+    On a GPU it replays a CUDA graph, in which the marks are recorded, too.
+    """
+    usual = partial(time_pass, network, pairs, called, low)
+    if not low.is_cuda:
+        return usual
+    usual()                                      # by then kernels are compiled and chosen
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with (torch.inference_mode(), marking(network, pairs, called, low.device) as marks,
+              torch.cuda.device(low.device), torch.cuda.graph(graph)):
+            start = mark(low.device)
+            result = network(low)
+            end = mark(low.device)
+    except Exception as error:       # PyTorch, the driver and Triton each have their own
+        switch.say(f"no CUDA graph, so launches count, too: {choice.reason(error)}")
+        return usual
+
+    def replay(_=result) -> dict:                # while it lives, its memory is the graph's
+        graph.replay()
+        torch.cuda.synchronize(low.device)
+        return durations(marks | {"": [start, end]})
+
+    return replay
+
+
 def time_pass(network: nn.Module, pairs: list, called: set[str], low: torch.Tensor) -> dict:
-    """{"": ms of a pass, pair name: ms within the pair}."""
+    """The same, with all launches."""
     with torch.inference_mode(), marking(network, pairs, called, low.device) as marks:
         start = now(low.device)
         network(low)
         end = now(low.device)
-    result = {"": 1000 * (end - start)}
-    for name, (begin, finish) in marks.items():
-        result[name] = between(begin, finish)
-    return result
+    return durations(marks) | {"": 1000 * (end - start)}
+
+
+def durations(marks: dict) -> dict[str, float]:
+    """{name: milliseconds from its first mark to its second}."""
+    return {name: between(begin, end) for name, (begin, end) in marks.items()}
 
 
 @contextmanager
@@ -223,10 +264,12 @@ def marking(network: nn.Module, pairs: list, called: set[str], device: torch.dev
 
 
 def mark(device: torch.device):
-    """A point in time: seconds, or on a GPU an event among the work that it was given."""
+    """A point in time: seconds, or on a GPU an event among the work that it was given, or that a
+    CUDA graph records.
+    """
     if device.type != "cuda":
         return clock()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True, external=True)
     event.record()
     return event
 

@@ -14,21 +14,15 @@ L2 cache, the median of --repeat; those of whole networks include the launches.
                 the exponentials, at 16 a cycle and multiprocessor, by the time
     peak MiB    memory that the call needs at most, besides its inputs
 
-All ways run one after the other on the same machine; compare only within one run.
+All ways run one after the other on the same machine; compare only within one run. "triton" gets
+heads that are padded to 16 or 32 channels, as the networks make them; "triton unpadded" pads them.
 
 Without a GPU only the PyTorch paths run, on smaller inputs, by the clock. The ways to write window
-attention are in baselines.py, the report is in kernels_report.py.
+attention are in baselines.py, how it is measured in measuring.py, the report in kernels_report.py.
 """
 import argparse
-import json
-import math
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,10 +32,11 @@ import graphs
 import kernels
 import models
 import run
-from bench import baselines
-from kernels import attention, choice, mlp, pixel_shuffle
+from bench import baselines, measuring
+from bench.measuring import GPU, Rows, by_the_clock, ceilings, machine, on_the_gpu
+from kernels import attention, mlp, pixel_shuffle
+from kernels.heads import head_width, pad_groups
 
-GPU = torch.cuda.is_available()
 MODELS = ("swinir", "swinir_light", "dat", "dat_light", "drn_s")
 
 
@@ -75,125 +70,6 @@ MLP = {                              # pictures, height, width, C, hidden channe
 }
 
 
-# ---- measuring ----------------------------------------------------------------------------------
-def synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def by_the_clock(function: Callable, repeat: int) -> float:
-    """Median seconds of a call, launches included."""
-    times = []
-    for _ in range(repeat):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def on_the_gpu(function: Callable, repeat: int) -> float:
-    """Median seconds of a call on the GPU, with nothing of its inputs in the L2 cache."""
-    wipe = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeat):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(4_000_000)         # about 2 ms, in which the launches below are queued
-        wipe.zero_()
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def peak(function: Callable) -> int | None:
-    """Bytes of GPU memory that a call needs at most, besides what was there."""
-    if not GPU:
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-class Rows:
-    """The results of one case, printed as they come; the first is what the others are compared to.
-
-    moved: bytes that a fused kernel must move; floor: seconds that the GPU needs; 0: not known.
-    """
-    def __init__(self, case: str, timer: Callable, repeat: int, moved: int = 0, floor: float = 0):
-        self.case = case
-        self.timer = timer
-        self.repeat = repeat
-        self.moved = moved
-        self.floor = floor
-        self.rows = []
-
-    def measure(self, way: str, function: Callable) -> None:
-        """Adds the row of a way; one that fails gets a row with the reason."""
-        row = dict(case=self.case, way=way)
-        try:
-            for _ in range(3):
-                function()
-            row["seconds"] = self.timer(function, self.repeat)
-            row["peak"] = peak(function)
-        except Exception as error:           # the limits of a way are a result
-            row["failed"] = choice.reason(error)[:120]
-        else:
-            first = self.rows[0] if self.rows else row
-            row["ratio"] = row["seconds"] / first["seconds"] if "seconds" in first else None
-            if GPU and self.moved:
-                row["GB_per_s"] = self.moved / row["seconds"] / 1e9
-                row["of_floor"] = self.floor / row["seconds"]
-        self.rows.append(row)
-        show(row)
-        keep(row)
-
-
-kept = dict(path=None, machine=None, rows=[], choices={})        # what --json writes
-
-
-def keep(row: dict) -> None:
-    """Writes all rows so far, so that what was measured remains if the rest takes too long."""
-    kept["rows"].append(row)
-    kept["choices"] = dict(choice.chosen)
-    if kept["path"]:
-        blob = {name: kept[name] for name in ("machine", "rows", "choices")}
-        run.write_file(kept["path"], json.dumps(blob, indent=1).encode())
-
-
-def show(row: dict) -> None:
-    """Prints a row of the table."""
-    if "failed" in row:
-        print(f"{row['case']:42} {row['way']:14} {row['failed']}", flush=True)
-        return
-    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    speed = f"{row['GB_per_s']:.0f}" if "GB_per_s" in row else "-"
-    share = f"{100 * row['of_floor']:.0f}" if "of_floor" in row else "-"
-    memory = "-" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
-    print(f"{row['case']:42} {row['way']:14} {row['seconds'] * 1e6:10.1f} {ratio:>6} "
-          f"{speed:>6} {share:>8} {memory:>9}", flush=True)
-
-
-@lru_cache
-def ceilings() -> tuple[float, float]:
-    """Bytes and exponentials a second of this GPU, see above; infinite without one."""
-    if not GPU:
-        return math.inf, math.inf
-    source = torch.empty(2**29, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = on_the_gpu(partial(target.copy_, source), 10)
-    megahertz = output("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
-    cycles = float(megahertz.split()[0]) * 1e6 if megahertz else 1.7e9
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    return 2 * len(source) / seconds, 16 * cycles * processors
-
-
 # ---- single operations --------------------------------------------------------------------------
 def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -217,7 +93,7 @@ def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
             "reference": attention.reference,
         }
     fused = around(baselines.memory_efficient, ready)
-    return where_triton_runs(kernels.window_attention) | {
+    return where_triton_runs(kernels.window_attention, "triton unpadded") | {
         "eager": authors,
         "compiled": compiled(authors),
         "sdpa": fused,
@@ -227,9 +103,9 @@ def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
     }
 
 
-def where_triton_runs(function: Callable | None = None) -> dict[str, Callable]:
-    """The way "triton", where this GPU can run it."""
-    return {} if kernels.available() else {"triton": function}
+def where_triton_runs(function: Callable | None = None, *more: str) -> dict[str, Callable]:
+    """The way "triton", and others of the same function, where this GPU can run it."""
+    return {} if kernels.available() else dict.fromkeys(("triton", *more), function)
 
 
 def attention_rows(name: str, case: Attention, repeat: int) -> list[dict]:
@@ -252,19 +128,29 @@ def attention_rows(name: str, case: Attention, repeat: int) -> list[dict]:
     floor = max(moved / byte_rate, exponentials / exponential_rate)
     timer = on_the_gpu if GPU else by_the_clock
     forward = Rows(f"{name} forward", timer, repeat, moved, floor)
+    given = {way: inputs_of(way, qkv, dout, heads) for way in ways}
     with torch.no_grad():
         for way, function in ways.items():
-            forward.measure(way, partial(function, qkv, table, **settings))
+            forward.measure(way, partial(function, given[way][0], table, **settings))
 
     moved += tokens * (7 * A * qkv.element_size() + 4 * heads)
     floor = max(moved / byte_rate, 2 * exponentials / exponential_rate)
     both = Rows(f"{name} forward + backward", timer, repeat, moved, floor)
-    qkv.requires_grad_()
     table.requires_grad_()
     for way, function in ways.items():
+        qkv, dout = given[way]
+        qkv.requires_grad_()
         attend = partial(function, qkv, table, **settings)
         both.measure(way, partial(forward_backward, attend, (qkv, table), dout))
     return forward.rows + both.rows
+
+
+def inputs_of(way: str, qkv: Tensor, dout: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """(qkv, dout) as a way gets them: the Triton kernels with the heads that the networks pad."""
+    if way != "triton":
+        return qkv, dout
+    width = head_width(dout.shape[3] // heads)
+    return pad_groups(qkv, 3, 3 * heads, width), pad_groups(dout, 3, heads, width)
 
 
 def forward_backward(function: Callable, inputs: tuple, dout: Tensor) -> None:
@@ -387,33 +273,6 @@ def training_step(network: torch.nn.Module, optimiser: torch.optim.Optimizer, lo
 
 
 # ---- the command --------------------------------------------------------------------------------
-def output(*command: str) -> str | None:
-    """What a program prints; None if it cannot be run."""
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return result.stdout.strip() or None
-
-
-def machine() -> dict:
-    """What the times depend on."""
-    try:
-        import triton
-        version = triton.__version__
-    except ImportError:
-        version = None
-    return dict(
-        gpu=torch.cuda.get_device_name() if GPU else None,
-        driver=output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        cuda=torch.version.cuda,
-        torch=torch.__version__,
-        triton=version,
-        python=platform.python_version(),
-        commit=output("git", "rev-parse", "--short", "HEAD"))
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -436,7 +295,7 @@ def main() -> None:
         kernels_report.make(args.report)
         return
     facts = machine()
-    kept.update(path=args.json, machine=facts)
+    measuring.kept.update(path=args.json, machine=facts)
     if not GPU:
         print("no GPU: only the PyTorch paths run, in float32, on one picture instead of sixteen")
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)

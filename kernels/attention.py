@@ -57,11 +57,10 @@ bias): the kernel reads q, k, v and the gradient of out, writes those of q, k, v
 scores again rather than reading them. (Those for 256 tokens also read out, and compute the scores
 three times: for dq, for dk and dv, for the bias.)
 
-In this file: `reference`, the text above in PyTorch, line by line; `torch_path`, the same faster,
-for any device; `window_attention`, which the networks call; and the Triton kernels wrapped as a
-PyTorch operation with a gradient. Not here: the Linear layers before and after (they work token by
-token, so it makes no difference whether the map is rolled before or after them), and the network
-that makes DAT's bias table. Read triton_attention.py next.
+In this file: `reference`, the text above in PyTorch, line by line; `torch_path`, the same faster;
+`window_attention`, which the networks call; and the Triton kernels as a PyTorch operation with a
+gradient. Not here: the Linear layers before and after (token by token, so the map may be rolled
+before or after them), and the network of DAT's bias table. Read triton_attention.py next.
 """
 from functools import partial
 
@@ -150,9 +149,8 @@ def reference(
 def regions_differ(rows: int, columns: int, h: int, w: int, dy: int, dx: int) -> Tensor:
     """(windows of a map, n, n), true where two tokens of a window are no neighbours in the picture.
 
-    The regions of the rolled map are numbered as in Swin. Three bands of rows: 0 above the last row
-    of windows, 1 in it, 2 in those of its rows that were rolled there from the top. Three bands of
-    columns likewise, times 3.
+    Regions are numbered as in Swin. Three bands of rows: 0 above the last row of windows, 1 in it,
+    2 in its rows that were rolled there from the top. Three bands of columns likewise, times 3.
     """
     region = torch.zeros(rows * h, columns * w)
     region[-h:] += 1
@@ -274,6 +272,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
     compute one step after the other. So there they are padded with zeros, which changes nothing.
     """
     d = q.shape[3]
+    if q.is_cuda and len(q) == 0:    # no windows: PyTorch returns None there
+        return q
     if q.is_cuda:
         q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)[..., :d]

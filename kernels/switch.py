@@ -154,7 +154,7 @@ def allows_tf32(products: str) -> bool:
 def like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts as torch.autocast would cast for a product; it does not know our operations."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -130,11 +130,10 @@ TILES = {
     ("conv_narrow", "ieee"): Tiles(mnk(64, 64, 32), warps=8, stages=2, registers=80,
                                    precision="ieee"),
 
-    # 64 tokens and 256 channels are 64 numbers of acc a thread on 8 warps. 32 hidden channels a
-    # step: y and two steps of both weights take about 98 KB of shared memory on Hopper and
-    # Blackwell's sm_100, 70 KB elsewhere, of 99 KiB that the smallest GPUs give. 64 hidden channels
-    # spill, and so do 128 tokens, and so would float32.
-    ("mlp", "bf16"): Tiles(mn(64, 32), warps=8, stages=2, registers=255),
+    # 64 tokens and 128 + 64 channels are 96 numbers of acc a thread on 4 warps, which give the
+    # matrix instructions of Hopper together. 32 hidden channels a step: y and two steps of both
+    # weights take 74 KB of shared memory on Hopper, 49 KB elsewhere, so two programs fit at once.
+    ("mlp", "bf16"): Tiles(mn(64, 32), warps=4, stages=2, registers=255),
 }
 
 # What is timed beside them. No variant changes how a product is computed. One that names only some
@@ -144,7 +143,8 @@ VARIANTS = {
 
     # Attention on twice the warps, for 256 tokens mostly with twice the rows. Either a warp has
     # half of the scores, or k and v are read half as often; but more warps wait for each other, and
-    # where the registers of a thread do not become fewer, fewer programs fit at once.
+    # where the registers of a thread do not become fewer, fewer programs fit at once. The MLP with
+    # twice the tokens: the weights are read half as often.
     "more warps": {
         ("forward_64", "bf16"): Tiles({}, warps=8, stages=1, registers=136),
         ("forward_64", "bf16", 80): Tiles({}, warps=8, stages=1, registers=128),
@@ -171,6 +171,9 @@ VARIANTS = {
                                        precision="ieee"),
         ("keys_256", "ieee"): Tiles(mn(32, 64), warps=8, stages=1, registers=128,
                                     precision="ieee"),
+
+        ("mlp", "bf16"): Tiles(mn(128, 32), warps=8, stages=2, registers=255),
+        ("mlp", "bf16", 90): Tiles(mn(128, 64), warps=8, stages=2, registers=232),
     },
 
     # Attention for 256 tokens in half as many steps, each with twice the scores. Without a limit
@@ -192,8 +195,7 @@ VARIANTS = {
         ("conv_narrow", "tf32"): Tiles(mnk(64, 64, 32), warps=4, stages=3, registers=168),
         ("conv_wide", "ieee"): Tiles(mnk(64, 64, 32), warps=8, stages=2, registers=104,
                                      precision="ieee"),
-        ("mlp", "bf16"): Tiles(mn(32, 32), warps=4, stages=2, registers=255),
-        ("mlp", "bf16", 100): Tiles(mn(32, 32), warps=8, stages=2, registers=168),
+        ("mlp", "bf16"): Tiles(mn(32, 32), warps=4, stages=2, registers=136),
     },
 
     # The wide convolution with half the channels a step, and one more step under way.

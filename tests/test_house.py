@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "pairs": {"backbones", "narrow"},
     "own": {"backbones", "narrow", "pairs", "replay"},
     "models": {"kernels", "backbones", "own", "zoo"},
-    "latency": NETWORKS | {"replay", "widths"},
+    "graphs": {"kernels"},
+    "latency": NETWORKS | {"graphs", "replay", "widths"},
     # the pictures; of the backbones only what a batch is, see below
     "bicubic": set(),
     "png": set(),
@@ -55,7 +56,6 @@ MAY_IMPORT = {
     "gather": {"cache", "data", "files", "parallel"},
     "unpaired": PICTURES | {"backbones"},
     # the commands
-    "graphs": {"kernels"},
     "consistency": PICTURES | {"dual"},
     "export": NETWORKS | {"own"},
     "tiles": set(),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from bench import baselines
+from bench import baselines, measuring
 from bench import kernels as bench_kernels
 from tiny import ROOT
 from triton_path import attention, attention_case
@@ -122,14 +122,14 @@ def test_an_operation_is_timed_in_every_way(
 
         return dict(triton=watch, eager=plain)
 
-    class Rows(bench_kernels.Rows):
+    class Rows(measuring.Rows):
         def __init__(self, case, timer, repeat, moved, floor):
             super().__init__(case, timer, repeat, moved, floor)
             seen.append(moved)
 
     seen = []
     monkeypatch.setattr(bench_kernels, "Rows", Rows)
-    monkeypatch.setattr(bench_kernels, "keep", lambda row: None)
+    monkeypatch.setattr(measuring, "keep", lambda row: None)
     monkeypatch.setattr(bench_kernels, "ways_of", ways_of)
     case = getattr(bench_kernels, cases)[name]
     rows = getattr(bench_kernels, rows_of)(name, case, 1)
@@ -152,7 +152,7 @@ def test_a_way_that_fails_gets_a_row_with_the_reason(capsys):
     def fail():
         raise ValueError("too large\nand more")
 
-    rows = bench_kernels.Rows("case", lambda function, repeat: 0.5, repeat=1)
+    rows = measuring.Rows("case", lambda function, repeat: 0.5, repeat=1)
     rows.measure("first", lambda: None)
     rows.measure("second", fail)
     assert rows.rows[0]["ratio"] == 1

@@ -10,6 +10,7 @@ import kernels
 import run
 from bench import kernels as bench_kernels
 from bench import kernels_report as report
+from bench import measuring
 from kernels import attention, choice, switch
 from triton_path import chosen_triton, needs_triton
 
@@ -30,9 +31,9 @@ def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch, capsys):
 def small(monkeypatch, tmp_path):
     """Measurements in this process, tiny, with the Triton kernels interpreted."""
     def measure(arguments, limit):
-        kept = dict(path=None, machine=bench_kernels.machine(), rows=[], choices={})
+        kept = dict(path=None, machine=measuring.machine(), rows=[], choices={})
         with monkeypatch.context() as patch:
-            patch.setattr(bench_kernels, "kept", kept)
+            patch.setattr(measuring, "kept", kept)
             patch.setattr(sys, "argv", ["kernels", *arguments, "--repeat", "1"])
             bench_kernels.main()
         return report.Result(kept["machine"], kept["rows"], kept["choices"], "")
@@ -93,7 +94,7 @@ def test_the_report_holds_the_tests_the_times_and_the_choices(small, tmp_path, c
     assert not any("whole networks" in line for line in lines)
     assert "| class of inputs | fastest |" in lines
     assert any(line.startswith("| residual_mlp 16 channels, 24 hidden, bf16") for line in lines)
-    assert any(line.startswith("| window_attention 1 heads of 4") for line in lines)
+    assert any(line.startswith("| window_attention 1 heads of 16") for line in lines)
     assert "small, at most" in capsys.readouterr().out
 
 
