@@ -330,3 +330,25 @@ def test_networks_are_timed_as_they_are_used():
     x = torch.rand(1, 3, 8, 8)
     expected = models.inference(model)(x).images[4]
     assert torch.equal(ready(x).images[4], expected)
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a real CUDA graph needs a GPU")
+def test_a_graph_tells_the_times_of_pairs(capsys):
+    """Each takes some time, all together no more than the whole, which changes little."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = tiny_drn()[0]
+    low = latency.noise(device)
+    network = models.inference(model, device=device)
+    called = set(latency.count_calls(network, low))
+    one_pass = latency.timed_pass(network, model.pairs(), called, low)
+    passes = [one_pass() for _ in range(9)]
+    assert "no CUDA graph" not in capsys.readouterr().err
+    for found in passes:
+        assert found.keys() == {"", *model.widths}
+        assert min(found.values()) > 0
+        assert sum(found.values()) <= 2 * found[""] + 1e-3
+    usual = latency.time_pass(network, model.pairs(), called, low)
+    assert found[""] < usual[""]
+    timing = latency.interleaved(dict(model=latency.ready(model, device)), low)["model"]
+    assert timing.seconds < usual[""] / 1000
