@@ -1,9 +1,10 @@
 """The choice between ways to compute an operation, by timing them on the GPU that is there.
 
 Which is fastest depends on the GPU, on the versions of everything, and on the sizes. So when an
-operation first meets a class of inputs, every way is timed on these inputs, launches included, and
-forward with backward where gradients are wanted: several in PyTorch, and the Triton kernels in
-several variants of their tiles. The fastest is kept
+operation first meets a class of inputs, every way is timed on these inputs, forward with backward
+where gradients are wanted: several in PyTorch, and the Triton kernels in several variants of their
+tiles. What counts is the time of the GPU, without the launches: a CUDA graph (graphs.py) has none,
+and in training the GPU is the one that is busy. The fastest is kept
 
     in this process                   `chosen`
     in the cache folder of Triton     for the same GPU, versions, source of the kernels
@@ -33,6 +34,7 @@ import run
 from kernels import switch
 
 CALLS = 4                            # of a way, one after the other, and their mean
+CYCLES = 2e9                         # of a GPU in a second, about
 ROUNDS = 5                           # in which the ways take turns; the fastest mean counts
 MARGIN = 1.03                        # by which Triton must be faster
 clock = time.perf_counter
@@ -179,7 +181,7 @@ def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict
 
 
 def time_one(way: Callable, tensors: tuple, settings: dict, train: bool) -> float:
-    """Seconds of a call of one way, launches included; the gradients, too, if `train`."""
+    """Seconds of a call of one way; the gradients, too, if `train`."""
     inputs = []
     for t in tensors:
         inputs.append(None if t is None else t.detach().requires_grad_(train and t.requires_grad))
@@ -190,18 +192,35 @@ def time_one(way: Callable, tensors: tuple, settings: dict, train: bool) -> floa
         if train:
             torch.autograd.grad(out, wanted, torch.ones_like(out))
 
+    def all_calls() -> float:
+        start = clock()
+        for _ in range(CALLS):
+            once()
+        return clock() - start
+
     once()                                     # compiles, and fills caches
-    start = now(tensors[0].device)
-    for _ in range(CALLS):
-        once()
-    return (now(tensors[0].device) - start) / CALLS
+    if tensors[0].is_cuda:
+        with torch.cuda.device_of(tensors[0]):
+            return on_the_gpu(all_calls) / CALLS
+    return all_calls() / CALLS
 
 
-def now(device: torch.device) -> float:
-    """The clock, when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock()
+def on_the_gpu(function: Callable[[], float]) -> float:
+    """Seconds that the GPU takes for what function() asks of it; it returns how long it asked.
+
+    That the GPU need not wait for Python, all is asked while the GPU sleeps.
+    """
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    asked = function()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2 * asked * CYCLES))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 # ---- the memory ---------------------------------------------------------------------------------

@@ -122,6 +122,38 @@ def test_a_slow_moment_does_not_decide(timed, monkeypatch):
     assert list(choice.chosen.values()) == ["triton"]
 
 
+def test_on_a_gpu_its_own_time_counts_and_it_sleeps_while_it_is_asked(monkeypatch):
+    """A GPU that does in 5 ms what takes Python 3 s to ask for. Nothing else is counted."""
+    now = [0.0]
+    gpu = dict(asleep=0.0, busy=0.0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = gpu["busy"]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    def ask():
+        now[0] += 3.0
+        gpu["asleep"] -= 3.0
+        gpu["busy"] += 0.005
+        return 3.0
+
+    def sleep(cycles):
+        gpu["asleep"] = cycles / choice.CYCLES
+
+    monkeypatch.setattr(choice, "clock", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert choice.on_the_gpu(ask) == pytest.approx(0.005)
+    assert gpu["asleep"] > 0, "it woke up before all was asked"
+
+
 def test_training_is_timed_with_its_gradients_apart_from_inference(timed):
     """A way whose backward pass is slow wins at inference only."""
     ways = timed(triton=1.0, eager=2.0)

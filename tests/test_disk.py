@@ -150,8 +150,9 @@ def test_a_file_that_is_too_large_or_a_pipe_is_not_opened(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("text, words", [
     ("", "is damaged or no JSON"), ("{", "is damaged or no JSON"),
-    ("[" * 5000 + "]" * 5000, "nested too deep"), ("[]", "it is a list, not a dict"),
-    ('{"x": ' + "9" * 5000 + "}", "is damaged or no JSON"), ("\x00\xff", "no JSON")])
+    ("[" * 200_000 + "]" * 200_000, "nested too deep"), ("[]", "it is a list, not a dict"),
+    ('{"x": ' + "9" * 5000 + "}", "is damaged or no JSON"), ("\x00\xff", "no JSON")],
+    ids=["empty", "half", "deep", "list", "long number", "binary"])
 def test_damaged_json_is_named(text, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json") as caught:

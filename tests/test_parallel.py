@@ -35,7 +35,8 @@ FORK = multiprocessing.get_context("fork")      # a new process would import tor
 
 
 def member(function, rank: int, port: int, answer) -> None:
-    """Process `rank` of two: as torchrun starts it, but for the fork."""
+    """Process `rank` of two: as torchrun starts it, but by a fork, which CUDA does not survive."""
+    torch.cuda.is_available = lambda: False
     os.environ |= dict(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank),
                        WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
                        MASTER_PORT=str(port))
