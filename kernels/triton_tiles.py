@@ -2,9 +2,10 @@
 
 All were chosen with the compiler alone (`python -m kernels.compile --all` prints what it finds): no
 register may spill to memory, shared memory must suffice, and then as many programs at once as
-possible, so that some compute while others wait for memory. Which is fastest, only a GPU can tell.
-So there are two or three of each kernel: TILES, the first choice, and the VARIANTS of it. All are
-timed at first use (choice.py), forward and backward kernels of one variant together.
+possible, so that some compute while others wait for memory. Which is fastest, only a GPU can tell
+(RESULTS.md has an H200's times). So there are two or three of each kernel: TILES, the first choice,
+and the VARIANTS of it. All are timed at first use (choice.py), forward and backward kernels of one
+variant together.
 
 Numbers are "bf16", or for float32 "tf32" (TensorFloat-32) or "ieee" (in full). A product in full
 float32 runs without tensor cores, which is slow; "tf32x3" splits each factor into two numbers of
