@@ -66,7 +66,7 @@ def device_name(device: torch.device) -> str:
 def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """The network as it is timed."""
     network = models.inference(network, device=device)
-    if device.type == "cuda":
+    if device.type == "cuda" and switch.IMPL != "torch":
         graphs.use(network)
     return network
 
@@ -317,7 +317,7 @@ def identical(model, low: torch.Tensor) -> dict[str, str]:
 def summary(times: list[list[dict]], choices: list[dict], like: dict[str, str]) -> dict:
     """The table of `measure_pairs`.
 
-    times: for each round, what `time_pass` found for the dense network and for each of the mixed
+    times: for each round, what `timed_pass` found for the dense network and for each of the mixed
     ones; choices: the widths of each of these; like: see `identical`. A candidate's time is
     the median over the rounds, then the mean over the pairs that are alike. (The mean, so that what
     they take together stays right: every other window of SwinIR is shifted and takes longer.)

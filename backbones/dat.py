@@ -18,7 +18,6 @@ DAT; the pairs are ours.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 
 import kernels
 from backbones.base import SR, DropPath, Pair, conv
@@ -162,16 +161,24 @@ class AdaptiveChannelAttention(AdaptiveAttention):
         """(N, H, W, 3C) -> (N, H, W, C): the cosines of the channels of q with those of k, over
         all tokens; their softmax mixes the channels of v.
         """
-        parts = qkv.unflatten(3, (3, self.heads, -1))                      # (N, H, W, 3, heads, d)
-        q, k, _ = parts.permute(3, 0, 1, 4, 5, 2)                          # (N, H, heads, d, W)
-        v = parts[:, :, :, 2].flatten(1, 2).permute(0, 2, 3, 1)            # (N, heads, d, H·W)
-        q_length = vector_norm(q.float(), dim=(1, 4)).clamp_min(1e-12).to(q.dtype)   # (N, heads, d)
-        k_length = vector_norm(k.float(), dim=(1, 4)).clamp_min(1e-12).to(k.dtype)
-        # Row by row: as one product, a sum of all tokens, a GPU has too little to do at once.
-        product = (q @ k.transpose(3, 4)).sum(1)                           # (N, heads, d, d)
+        parts = qkv.flatten(1, 2).unflatten(2, (3, self.heads, -1))        # (N, H·W, 3, heads, d)
+        q, k, v = parts.permute(2, 0, 3, 4, 1)                             # (N, heads, d, H·W)
+        q_length = q.float().norm(dim=3).clamp_min(1e-12).to(q.dtype)      # (N, heads, d)
+        k_length = k.float().norm(dim=3).clamp_min(1e-12).to(k.dtype)
+        product = over_tokens(q, k, qkv.shape[1] if qkv.is_cuda else 1)
         cosine = product / (q_length[..., :, None] * k_length[..., None, :])
         mixed = (cosine * self.temperature).softmax(-1) @ v                # (N, heads, d, H·W)
         return mixed.flatten(1, 2).transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+
+def over_tokens(q: Tensor, k: Tensor, parts: int) -> Tensor:
+    """q kᵀ (N, heads, d, d) of q and k (N, heads, d, tokens), as a sum over parts of the tokens.
+
+    A GPU is slow at few long sums, since each is the work of one multiprocessor.
+    """
+    q = q.unflatten(3, (parts, -1)).transpose(2, 3)                        # (N, heads, parts, d, ·)
+    k = k.unflatten(3, (parts, -1)).transpose(2, 3)
+    return (q @ k.transpose(3, 4)).sum(2)
 
 
 class SpatialGate(nn.Module):

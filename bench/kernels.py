@@ -15,7 +15,7 @@ L2 cache, the median of --repeat; those of whole networks include the launches.
     peak MiB    memory that the call needs at most, besides its inputs
 
 All ways run one after the other on the same machine; compare only within one run. "triton" gets
-heads that are padded to 16 or 32 channels, as the networks make them; "triton unpadded" pads them.
+heads that are padded to 16 or 32 channels, as the networks make them; "triton narrow" pads them.
 
 Without a GPU only the PyTorch paths run, on smaller inputs, by the clock. The ways to write window
 attention are in baselines.py, how it is measured in measuring.py, the report in kernels_report.py.
@@ -93,7 +93,7 @@ def ways_of_attention(ready: list[baselines.Ready]) -> dict[str, Callable]:
             "reference": attention.reference,
         }
     fused = around(baselines.memory_efficient, ready)
-    return where_triton_runs(kernels.window_attention, "triton unpadded") | {
+    return where_triton_runs(kernels.window_attention, "triton narrow") | {
         "eager": authors,
         "compiled": compiled(authors),
         "sdpa": fused,

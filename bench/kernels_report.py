@@ -6,7 +6,7 @@ telling first. Every step is a process of its own with a time after which it is 
 crashes takes nothing else with it, and the whole takes 10 minutes at most. What was not reached is
 shown as "–".
 
-Not here: how something is measured (kernels.py).
+Not here: how something is measured (measuring.py).
 """
 import importlib.util
 import json
@@ -75,7 +75,7 @@ def test(limit: float) -> str:
     """The last line of pytest, with the names of tests that failed."""
     command = [sys.executable, "-m", "pytest", "-q", "--durations=0", "-rfE", *TESTS]
     if importlib.util.find_spec("xdist"):        # most of their time goes into compiling kernels
-        command += ["-n", str(min(8, os.cpu_count()))]
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     try:
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -153,7 +153,8 @@ def table(title: str, rows: list[dict], unit: float, digits: int) -> list[str]:
             cells.append("–" if seconds is None else f"{seconds * unit:.{digits}f}")
             if "failed" in row:
                 notes.append(f"- {case}, {way}: {row['failed']}")
-        first, *others = of_way.values()
+        first = next(iter(of_way.values()))
+        others = [row for way, row in of_way.items() if not way.startswith("triton")]
         floor = first.get("of_floor")
         cells.append("–" if floor is None else f"{100 * floor:.0f}")
         cells.append(memory(first, others))

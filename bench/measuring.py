@@ -40,7 +40,9 @@ def by_the_clock(function: Callable, repeat: int) -> float:
 
 
 def on_the_gpu(function: Callable, repeat: int) -> float:
-    """Median seconds of a call on the GPU, with nothing of its inputs in the L2 cache."""
+    """Median seconds of a call on the GPU, with nothing of its inputs in the L2 cache; without its
+    launches as far as they take less than 2 ms.
+    """
     wipe = torch.empty(2**28, dtype=torch.int8, device="cuda")
     times = []
     for _ in range(repeat):
@@ -128,7 +130,9 @@ def show(row: dict) -> None:
 
 @lru_cache
 def ceilings() -> tuple[float, float]:
-    """Bytes and exponentials a second of this GPU, see above; infinite without one."""
+    """Bytes a second of this GPU, by a large copy, and exponentials, 16 a cycle and multiprocessor;
+    infinite without a GPU.
+    """
     if not GPU:
         return math.inf, math.inf
     source = torch.empty(2**29, dtype=torch.int8, device="cuda")

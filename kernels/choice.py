@@ -3,8 +3,9 @@
 Which is fastest depends on the GPU, on the versions of everything, and on the sizes. So when an
 operation first meets a class of inputs, every way is timed on these inputs, forward with backward
 where gradients are wanted: several in PyTorch, and the Triton kernels in several variants of their
-tiles. What counts is the time of the GPU, without the launches: a CUDA graph (graphs.py) has none,
-and in training the GPU is the one that is busy. The fastest is kept
+tiles. At inference what counts is the time of the GPU, without the launches: a CUDA graph has none
+(graphs.py). A step of training waits for the GPU or for Python, depending on its size; there the
+time of both is added up. The fastest is kept
 
     in this process                   `chosen`
     in the cache folder of Triton     for the same GPU, versions, source of the kernels
@@ -181,7 +182,7 @@ def time_all(key: str, ways: dict[str, Callable], tensors: tuple, settings: dict
 
 
 def time_one(way: Callable, tensors: tuple, settings: dict, train: bool) -> float:
-    """Seconds of a call of one way; the gradients, too, if `train`."""
+    """Seconds of a call of one way; if `train`, with the gradients and with what Python takes."""
     inputs = []
     for t in tensors:
         inputs.append(None if t is None else t.detach().requires_grad_(train and t.requires_grad))
@@ -201,14 +202,16 @@ def time_one(way: Callable, tensors: tuple, settings: dict, train: bool) -> floa
     once()                                     # compiles, and fills caches
     if tensors[0].is_cuda:
         with torch.cuda.device_of(tensors[0]):
-            return on_the_gpu(all_calls) / CALLS
+            of_python, of_gpu = on_the_gpu(all_calls)
+        return (of_gpu + of_python if train else of_gpu) / CALLS
     return all_calls() / CALLS
 
 
-def on_the_gpu(function: Callable[[], float]) -> float:
-    """Seconds that the GPU takes for what function() asks of it; it returns how long it asked.
+def on_the_gpu(function: Callable[[], float]) -> tuple[float, float]:
+    """(seconds that Python takes to ask the GPU, seconds that the GPU takes for it).
 
-    That the GPU need not wait for Python, all is asked while the GPU sleeps.
+    function: asks, and returns how long that took. That the GPU need not wait for Python, it sleeps
+    while it is asked.
     """
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
@@ -220,7 +223,7 @@ def on_the_gpu(function: Callable[[], float]) -> float:
     function()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
+    return asked, begin.elapsed_time(end) / 1000
 
 
 # ---- the memory ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How each kernel is compiled: tile sizes, warps, stages, for each kind of numbers and of GPU.
 
-All were chosen with the compiler alone (`python -m kernels.compile --all` prints what it finds): no
+They were chosen with the compiler (`python -m kernels.compile --all` prints what it finds): no
 register may spill to memory, shared memory must suffice, and then as many programs at once as
 possible, so that some compute while others wait for memory. Which is fastest, only a GPU can tell
 (RESULTS.md has an H200's times). So there are two or three of each kernel: TILES, the first choice,
@@ -145,7 +145,7 @@ VARIANTS = {
     # Attention on twice the warps, for 256 tokens mostly with twice the rows. Either a warp has
     # half of the scores, or k and v are read half as often; but more warps wait for each other, and
     # where the registers of a thread do not become fewer, fewer programs fit at once. The MLP with
-    # twice the tokens: the weights are read half as often.
+    # twice the tokens, on Hopper in half as many steps: the weights are read half as often.
     "more warps": {
         ("forward_64", "bf16"): Tiles({}, warps=8, stages=1, registers=136),
         ("forward_64", "bf16", 80): Tiles({}, warps=8, stages=1, registers=128),

@@ -14,6 +14,7 @@ from torch import nn
 
 import dual
 import models
+from backbones import dat
 from backbones.base import Backbone, DropPath, Upsample, interpolate, pass_on
 from backbones.swinir import pad_to_multiple
 from tiny import (
@@ -416,3 +417,11 @@ def test_transformers_can_be_compiled(make):
     plain = model(low).images[4]
     model.compile(backend="aot_eager", fullgraph=True)
     assert torch.equal(model(low).images[4], plain)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 12])
+def test_the_cosines_of_channels_may_be_summed_up_in_parts(parts):
+    """As on a GPU: there each row of the map is a part."""
+    q, k = torch.randn(2, 2, 4, 5, 12, dtype=torch.float64)
+    product = dat.over_tokens(q, k, parts)
+    assert (product - torch.einsum("nhit,nhjt->nhij", q, k)).abs().max() < 1e-13

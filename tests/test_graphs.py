@@ -19,8 +19,13 @@ class FakeGraph:
     def replay(self):
         self.replays += 1
         again = self.function(*self.held)
-        for s, image in again.images.items():
-            self.result.images[s].copy_(image)
+        for old, new in zip(images_of(self.result), images_of(again)):
+            old.copy_(new)
+
+
+def images_of(result) -> list:
+    """The tensors of a result, which is an SR or one tensor."""
+    return [result] if isinstance(result, torch.Tensor) else list(result.images.values())
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def fake(monkeypatch):
         held = [x.clone() for x in inputs]
         result = self.function(*held)
         made.append(FakeGraph(self.function, held, result))
-        for image in result.images.values():         # a recording computes nothing
+        for image in images_of(result):              # a recording computes nothing
             image.fill_(torch.nan)
         return made[-1], held, result
 
@@ -65,6 +70,19 @@ def test_the_first_call_runs_the_second_records_the_others_replay(fake):
         assert torch.equal(image, expected)
     model(torch.ones(1, 3, 5, 4))
     assert len(fake) == 1, "another size begins anew"
+
+
+@torch.no_grad()
+def test_layers_are_replayed_too(fake):
+    """Their result is one tensor; latency.py times them so."""
+    layers = nn.Linear(3, 2)
+    inputs = [torch.randn(4, 3) for _ in range(4)]
+    expected = [layers(x) for x in inputs]
+    graphs.use(layers)
+    results = [layers(x) for x in inputs]
+    assert len(fake) == 1 and fake[0].replays == 3
+    for out, right in zip(results, expected):        # also those of earlier replays
+        assert torch.equal(out, right)
 
 
 @torch.no_grad()

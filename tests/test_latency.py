@@ -335,7 +335,7 @@ def test_networks_are_timed_as_they_are_used():
 # ---- on a GPU -----------------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a real CUDA graph needs a GPU")
 def test_a_graph_tells_the_times_of_pairs(capsys):
-    """Each takes some time, all together no more than the whole, which changes little."""
+    """Each takes some time, all together hardly more than the whole, which launches prolong."""
     device = torch.device("cuda", torch.cuda.current_device())
     model = tiny_drn()[0]
     low = latency.noise(device)

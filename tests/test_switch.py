@@ -155,7 +155,7 @@ def test_the_precision_of_float32_products_is_read_however_it_was_set():
                             capture_output=True, text=True)
     found = [ast.literal_eval(line) for line in result.stdout.splitlines()]
     for change, (matmul, conv), expected in zip(SETTINGS, found, SETTINGS.values(), strict=True):
-        assert matmul == expected[0] and expected[1] in (conv, None), change
+        assert matmul == expected[0] and expected[1] in (conv, None), (change, result.stderr)
 
 
 @pytest.mark.parametrize("dtype, expected", [

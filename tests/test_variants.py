@@ -140,16 +140,17 @@ def test_the_convolution_is_the_same_in_every_variant(name, shape, triton, used)
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(70, 60, 120), (33, 20, 37), (1, 180, 64)])
-def test_the_mlp_is_the_same_in_small_tiles(shape, triton, used):
+@pytest.mark.parametrize("name", ["more warps", "small tiles"])
+@pytest.mark.parametrize("shape", [(70, 60, 120), (33, 20, 37), (1, 180, 64), (2, 48, 5)])
+def test_the_mlp_is_the_same_in_every_variant(shape, name, triton, used):
     """Tokens, channels, hidden channels: past a tile, and less than one."""
     tokens, C, hidden = shape
     shapes = [(tokens, C), (C,), (C,), (hidden, C), (hidden,), (C, hidden), (C,)]
     tensors = [torch.randn(s, device=DEVICE).div(len(s) * 3).bfloat16() for s in shapes]
-    out = mlp.triton_path(*tensors, variant="small tiles")
+    out = mlp.triton_path(*tensors, variant=name)
     exact = mlp.torch_path(*(t.double() for t in tensors))
     assert (out - exact).norm() < 5e-3 * exact.norm()
-    assert used == dict(mlp=VARIANTS["small tiles"]["mlp", "bf16"])
+    assert used == dict(mlp=triton_tiles.tiles_for("mlp", "bf16", torch.device(DEVICE), name))
 
 
 @needs_triton
