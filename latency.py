@@ -28,7 +28,7 @@ from torch import nn
 
 import graphs
 import models
-from kernels import choice, switch
+from kernels import switch
 from replay import count_calls
 from run import progress, read_json, write_file
 from widths import Budget
@@ -197,27 +197,27 @@ def timed_pass(network: nn.Module, pairs: list, called: set[str], low: torch.Ten
 
     On a GPU it replays a CUDA graph, in which the marks are recorded, too.
     """
-    usual = partial(time_pass, network, pairs, called, low)
     if not low.is_cuda:
-        return usual
-    usual()                                      # by then kernels are compiled and chosen
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with (torch.inference_mode(), marking(network, pairs, called, low.device) as marks,
-              torch.cuda.device(low.device), torch.cuda.graph(graph)):
-            start = mark(low.device)
-            result = network(low)
-            end = mark(low.device)
-    except Exception as error:       # PyTorch, the driver and Triton each have their own
-        switch.say(f"no CUDA graph, so launches count, too: {choice.reason(error)}")
-        return usual
+        return partial(time_pass, network, pairs, called, low)
+    marks = {}
 
-    def replay(_=result) -> dict:                # while it lives, its memory is the graph's
-        graph.replay()
+    def marked(x: torch.Tensor):
+        with marking(network, pairs, called, x.device) as found:
+            begin = mark(x.device)
+            result = network(x)
+            marks.update(found | {"": [begin, mark(x.device)]})
+        return result
+
+    recorder = graphs.Recorder(marked)
+
+    def one_pass() -> dict:
+        with torch.inference_mode():
+            recorder(low)
         torch.cuda.synchronize(low.device)
-        return durations(marks | {"": [start, end]})
+        return durations(marks)
 
-    return replay
+    one_pass()                                   # as usual; the next one records
+    return one_pass
 
 
 def time_pass(network: nn.Module, pairs: list, called: set[str], low: torch.Tensor) -> dict:
